@@ -1,0 +1,57 @@
+import importlib
+import sys
+
+from conftest import write_upstream
+
+from unsloth_ext.patching import fingerprint
+
+
+def _kernels(tmp_path, name, **changed):
+    folder = write_upstream(tmp_path, name, **changed)
+    return folder / "kernels.py"
+
+
+def test_same_from_the_file_and_from_the_live_object(tmp_path, monkeypatch):
+    file = _kernels(tmp_path, "upstream_live")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels = importlib.import_module("upstream_live.kernels")
+    for name, value in {
+        "scale": kernels.scale,
+        "shift": kernels.shift,
+        "Loader.load": vars(kernels.Loader)["load"],
+        "TEMPLATE": kernels.TEMPLATE,
+    }.items():
+        assert fingerprint.of_object(value) == fingerprint.of_definition(file, name) is not None, name
+    del sys.modules["upstream_live.kernels"]
+
+
+def test_comments_and_layout_do_not_count_but_code_and_strings_do(tmp_path):
+    def of(body, name):
+        return fingerprint.of_definition(_kernels(tmp_path, name, **{"kernels.py": body}), "scale")
+
+    plain = of("def scale(x):\n    return 2 * x\n", "a")
+    assert of("def scale(x):\n    # twice\n\n    return 2 * x  # the factor\n", "b") == plain
+    assert of("def scale(x):\n    return 3 * x\n", "c") != plain
+    assert of("def scale(x):\n    return 2 * x + len('# a')\n", "d") != of("def scale(x):\n    return 2 * x + len('# b')\n", "e")
+
+
+def test_a_replaced_function_has_another_fingerprint(tmp_path, monkeypatch):
+    _kernels(tmp_path, "upstream_replaced")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels = importlib.import_module("upstream_replaced.kernels")
+    before = fingerprint.of_object(kernels.scale)
+    kernels.scale = lambda x: 5 * x
+    assert fingerprint.of_object(kernels.scale) != before
+
+
+def test_what_has_no_source_has_none():
+    assert fingerprint.of_object(len) is None
+    assert fingerprint.of_object(eval("lambda: 0")) is None
+
+
+def test_the_last_definition_counts_and_a_missing_one_is_none(tmp_path):
+    file = _kernels(tmp_path, "twice", **{"kernels.py": "def f():\n    return 1\n\ndef f():\n    return 2\n"})
+    single = _kernels(tmp_path, "once", **{"kernels.py": "def f():\n    return 2\n"})
+    assert fingerprint.of_definition(file, "f") == fingerprint.of_definition(single, "f")
+    assert fingerprint.of_definition(file, "g") is None
+    assert fingerprint.of_definition(file, "Loader.load") is None

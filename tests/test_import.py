@@ -1,0 +1,52 @@
+"""`import unsloth_ext` by itself: what it costs and what it must not do."""
+
+import json
+import statistics
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "triton", "numpy", "rich")
+
+
+def test_imports_nothing_heavy(python):
+    done = python("import unsloth_ext, sys, json; print(json.dumps(sorted(sys.modules)))")
+    assert not set(json.loads(done.stdout)) & set(HEAVY)
+    assert done.stderr == ""
+
+
+def test_costs_less_than_50_ms(python):
+    def seconds(code):
+        start = time.perf_counter()
+        python(code)
+        return time.perf_counter() - start
+
+    python("import unsloth_ext")  # writes the byte code
+    costs = [seconds("import unsloth_ext") - seconds("pass") for _ in range(9)]
+    assert statistics.median(costs) < 0.050
+
+
+@pytest.mark.parametrize("environment, said", [
+    ({"UNSLOTH_EXT_DISABLE": "nf5"}, "names nf5, which does not exist"),
+    ({"UNSLOTH_EXT_DISABLE": "nf5", "UNSLOTH_EXT_QUIET": "1"}, ""),
+    ({"UNSLOTH_EXT_DISABLE": "nf5", "RANK": "1"}, ""),
+])  # fmt: skip
+def test_what_it_says(python, environment, said):
+    done = python("import unsloth_ext", **environment)
+    assert (said in done.stderr) if said else (done.stderr == "")
+
+
+def test_disabled_entirely_it_installs_no_hook(python):
+    done = python(
+        "import sys; before = list(sys.meta_path); import unsloth_ext\n"
+        "assert sys.meta_path == before, sys.meta_path\n"
+        "assert {row.state for row in unsloth_ext.status()} == {'disabled'}\n"
+        "print(unsloth_ext.status())",
+        UNSLOTH_EXT_DISABLE="all",
+    )
+    assert "by UNSLOTH_EXT_DISABLE" in done.stdout
+
+
+def test_python_version():
+    assert sys.version_info >= (3, 10)

@@ -1,0 +1,100 @@
+"""Measured improvements for Unsloth that install themselves.
+
+    import unsloth_ext   # before unsloth
+    import unsloth
+
+prints one line that says which patches are in. `status()` says more, `disable("loss")` takes a room's patches out and leaves
+nothing behind, `enable("loss")` puts them in again.
+
+Environment: UNSLOTH_EXT_DISABLE=all or a list of rooms and patch ids (loss,tools.empty_tool_calls); UNSLOTH_EXT_STRICT=1 turns
+a skipped or failed patch into an error; UNSLOTH_EXT_QUIET=1 mutes the line.
+
+Importing this module costs a few milliseconds and imports nothing heavy: Unsloth wants to come before transformers, trl and
+peft, and this has to come before Unsloth.
+"""
+
+from __future__ import annotations
+
+import os as _os
+
+from .patching import PatchError, PatchStatus, Registry, StatusTable
+from .version import __version__
+
+__all__ = ["PatchError", "PatchStatus", "StatusTable", "__version__", "disable", "enable", "patches", "status"]
+
+# Folders with a `patch.py` that declares PATCHES, in the order in which they are applied.
+ROOMS = ("loss", "tools")
+
+_registry = Registry(strict=_os.environ.get("UNSLOTH_EXT_STRICT", "0") == "1")
+
+
+def status() -> StatusTable:
+    """The state of every patch, as a list of `PatchStatus` that prints as a table."""
+    return _registry.status()
+
+
+def patches():
+    """The declarations (`unsloth_ext.patching.Patch`) of every patch."""
+    return _registry.patches()
+
+
+def enable(*names: str) -> None:
+    """Put patches in: all, or those of the named rooms ("loss") or ids ("loss.unread_keywords").
+
+    Raises UsageError for a name that does not exist, PatchError under UNSLOTH_EXT_STRICT=1 where a patch cannot be applied.
+    """
+    _registry.enable(*names)
+
+
+def disable(*names: str) -> None:
+    """Take patches out again: all, or those of the named rooms or ids. Unsloth is then as it was."""
+    _registry.disable(*names)
+
+
+def _rank() -> int:
+    for name in ("RANK", "LOCAL_RANK"):  # torchrun sets both
+        if _os.environ.get(name, "").isdigit():
+            return int(_os.environ[name])
+    return 0
+
+
+def _say(line: str) -> None:
+    import sys
+
+    if _rank() == 0 and _os.environ.get("UNSLOTH_EXT_QUIET", "0") != "1":
+        print(f"unsloth_ext {__version__}: {line}", file=sys.stderr)
+
+
+def _summary() -> None:
+    rows = status()
+    parts = []
+    for state in ("applied", "pending", "failed"):
+        if named := [row.id for row in rows if row.state == state]:
+            parts.append(f"{len(named)} {state} ({', '.join(named)})")
+    for state in ("superseded", "skipped", "disabled"):
+        if count := sum(row.state == state for row in rows):
+            parts.append(f"{count} {state}")
+    from .patching.release import installed_release
+
+    _say(f"on Unsloth {installed_release('unsloth')}, patches: {', '.join(parts)}; unsloth_ext.status() says why")
+
+
+def _install() -> None:
+    from importlib import import_module
+
+    for room in ROOMS:
+        _registry.register(import_module(f"{__name__}.{room}.patch").PATCHES)
+    off = {name for name in _os.environ.get("UNSLOTH_EXT_DISABLE", "").replace(",", " ").split()}
+    if unknown := sorted(off - _registry.names()):
+        known = ", ".join(sorted(_registry.names()))
+        _say(f"UNSLOTH_EXT_DISABLE names {', '.join(unknown)}, which does not exist (there are: {known})")
+        off -= set(unknown)
+    if off:
+        _registry.disable(*off, reason="by UNSLOTH_EXT_DISABLE")
+    on = [patch.id for patch in patches() if not off & {"all", patch.id, patch.room}]
+    if on:
+        _registry.on_import("unsloth", _summary)  # before enable: listeners run in the order they came
+        _registry.enable(*on)
+
+
+_install()

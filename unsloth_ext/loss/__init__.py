@@ -1,0 +1,1 @@
+"""Challenge E: memory-efficient backprop through the language-model head."""

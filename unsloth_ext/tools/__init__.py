@@ -1,0 +1,1 @@
+"""Challenge D: tool calling with Llama 3.x, and the tokenizer settings that it stands on."""
