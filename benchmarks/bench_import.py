@@ -25,7 +25,9 @@ def main() -> None:
         {"case": "python -c 'import unsloth_ext'", "unit": "ms"} | record.percentiles(with_us, 2),
         {"case": "difference", "unit": "ms"} | record.percentiles(cost, 2),
     ]
-    record.write("import", rows, [record.claim("foundation.import_ms", rows[2]["p50"], "ms", "<= 50", "the bare interpreter")])
+    record.write(
+        "import", rows, [record.claim("foundation.import_ms", rows[2]["p50"], "ms", "<= 50", "the bare interpreter")]
+    )
 
 
 if __name__ == "__main__":

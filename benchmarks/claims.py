@@ -16,7 +16,9 @@ def main() -> int:
         for claim in benchmark["claims"]:
             failed += not claim["holds"]
             verdict = "yes" if claim["holds"] else "[bold red]NO[/]"
-            table.add_row(claim["id"], f"{claim['value']:g} {claim['unit']}", claim["target"], verdict, claim["baseline"], place)
+            table.add_row(
+                claim["id"], f"{claim['value']:g} {claim['unit']}", claim["target"], verdict, claim["baseline"], place
+            )
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     return 1 if failed else 0
 

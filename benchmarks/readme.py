@@ -46,10 +46,12 @@ def patches() -> str:
 
 def releases() -> str:
     matrix = json.loads((ROOT / "patches" / "matrix.json").read_text())
-    names = list(dict.fromkeys(row["patch"] for row in matrix["rows"]))
-    outcome = {(row["release"], row["patch"]): row["outcome"] for row in matrix["rows"]}
+    names = list(dict.fromkeys(row["id"] for row in matrix["rows"]))
+    outcome = {(row["release"], row["id"]): row["result"] for row in matrix["rows"]}
     found = list(dict.fromkeys(row["release"] for row in matrix["rows"]))
-    return table(("Unsloth", *(f"`{n}`" for n in names)), [(r, *(outcome.get((r, n), "") for n in names)) for r in found])
+    return table(
+        ("Unsloth", *(f"`{n}`" for n in names)), [(r, *(outcome.get((r, n), "") for n in names)) for r in found]
+    )
 
 
 def claims() -> str:
@@ -57,7 +59,15 @@ def claims() -> str:
     for benchmark in record.load():
         facts = benchmark["environment"]
         for c in benchmark["claims"]:
-            rows.append((f"`{c['id']}`", f"{c['value']:g} {c['unit']}", c["target"], c["baseline"], facts.get("card", facts.get("cpu"))))
+            rows.append(
+                (
+                    f"`{c['id']}`",
+                    f"{c['value']:g} {c['unit']}",
+                    c["target"],
+                    c["baseline"],
+                    facts.get("card", facts.get("cpu")),
+                )
+            )
     return table(("claim", "measured", "target", "against", "on"), rows)
 
 
@@ -72,7 +82,7 @@ def unread_keywords() -> str:
             [(r["case"], f"{r['p20']:.1f} / {r['p50']:.1f} / {r['p80']:.1f}", f"{r['peak_mib']:.0f}") for r in rows],
         )
         + f"\n{facts['card']}, torch {facts['torch']}, unsloth_zoo {facts['unsloth_zoo']}: 16384 tokens, hidden 4096, vocabulary 128256, "
-        "frozen bf16 head, forward and backward, 10 steps after 3 warm ones.\n"
+        "bf16 head, forward and backward, 10 steps after 3 warm ones.\n"
     )
 
 

@@ -23,7 +23,12 @@ def percentiles(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
     if len(samples) < 3:
         raise ValueError(f"percentiles need at least 3 samples, got {len(samples)}")
     cuts = statistics.quantiles(samples, n=10, method="inclusive")
-    return {"p20": round(cuts[1], digits), "p50": round(cuts[4], digits), "p80": round(cuts[7], digits), "samples": len(samples)}
+    return {
+        "p20": round(cuts[1], digits),
+        "p50": round(cuts[4], digits),
+        "p80": round(cuts[7], digits),
+        "samples": len(samples),
+    }
 
 
 def claim(id: str, value: float, unit: str, target: str, baseline: str) -> dict:
@@ -53,7 +58,9 @@ def write(benchmark: str, rows: list[dict], claims: list[dict], facts: dict | No
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, file)
     for entry in claims:
-        print(f"{entry['id']} = {entry['value']} {entry['unit']} (target {entry['target']}, {'holds' if entry['holds'] else 'DOES NOT HOLD'})")
+        print(
+            f"{entry['id']} = {entry['value']} {entry['unit']} (target {entry['target']}, {'holds' if entry['holds'] else 'DOES NOT HOLD'})"
+        )
     print(file)
     return file
 

@@ -26,13 +26,17 @@ def pip(*arguments: str, capture: bool = False) -> str:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE if capture else None)
     if done.returncode:
-        sys.exit(f"setup: this failed: {' '.join(command)}\n  Read pip's message above; `make setup` goes on from here.")
+        sys.exit(
+            f"setup: this failed: {' '.join(command)}\n  Read pip's message above; `make setup` goes on from here."
+        )
     return done.stdout or ""
 
 
 def install_torch_for_cpu() -> None:
     # Linux wheels on PyPI are CUDA builds. Where pip is set up with an index that has the CPU build, that is the one to take.
-    report = json.loads(pip("install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", TORCH, capture=True))
+    report = json.loads(
+        pip("install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", TORCH, capture=True)
+    )
     version = report["install"][0]["metadata"]["version"]
     only_cuda = platform.system() == "Linux" and platform.machine() == "x86_64" and "+cpu" not in version
     pip("install", "--quiet", TORCH, *(("--index-url", TORCH_CPU_INDEX) if only_cuda else ()))
@@ -49,8 +53,10 @@ def main() -> None:
     which.add_argument("--cpu", action="store_true", help="the pinned stack for a machine without a GPU")
     which.add_argument("--gpu", action="store_true", help="Unsloth with its own requirements")
     args = parser.parse_args()
-    if sys.version_info < (3, 10):
-        sys.exit(f"setup: Python 3.10 or newer is needed, this is {platform.python_version()}: make setup PYTHON=python3.12")
+    if sys.version_info < (3, 10):  # noqa: UP036 (this file runs before anything is installed)
+        sys.exit(
+            f"setup: Python 3.10 or newer is needed, this is {platform.python_version()}: make setup PYTHON=python3.12"
+        )
     if sys.prefix == sys.base_prefix:
         sys.exit("setup: run this with the Python of a virtual environment (`make setup` makes .venv)")
     gpu = args.gpu or (not args.cpu and has_gpu())
@@ -61,7 +67,10 @@ def main() -> None:
     stamp = Path(sys.prefix, "unsloth_ext.installed")
     if stamp.is_file() and stamp.read_text() == digest.hexdigest():
         return
-    print(f"setup: installing the {'GPU' if gpu else 'CPU'} stack into {sys.prefix} (some minutes the first time)", flush=True)
+    print(
+        f"setup: installing the {'GPU' if gpu else 'CPU'} stack into {sys.prefix} (some minutes the first time)",
+        flush=True,
+    )
     pip("install", "--quiet", "--upgrade", "pip", "setuptools", "wheel")
     if gpu:
         pip("install", "--quiet", "-e", ".[unsloth,dev]")

@@ -32,7 +32,12 @@ def python(tmp_path):
         env |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONWARNINGS": "ignore"}
         env |= {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth_compiled_cache")}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env | environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code],
+            env=env | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         if check and done.returncode:
             raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")

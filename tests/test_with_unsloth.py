@@ -74,7 +74,9 @@ def test_disabled_by_the_environment_nothing_differs_from_pristine(python):
 
 def test_imported_before_unsloth_says_one_line_and_wraps_the_loader(python):
     done = python(
-        "import unsloth_ext, unsloth, json\n" + IMPORT_TARGETS + "assert hasattr(unsloth.FastLanguageModel.from_pretrained, '__wrapped__')\n"
+        "import unsloth_ext, unsloth, json\n"
+        + IMPORT_TARGETS
+        + "assert hasattr(unsloth.FastLanguageModel.from_pretrained, '__wrapped__')\n"
         "print(json.dumps([row.as_dict() for row in unsloth_ext.status()]))",
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("unsloth_ext")]
@@ -90,7 +92,10 @@ def changed_unsloth(tmp_path):
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
     file = copy / "fused_losses" / "cross_entropy_loss.py"
     text = file.read_text()
-    changed = text.replace("def _use_chunked_ce(kwargs, target_gb):\n", "def _use_chunked_ce(kwargs, target_gb):\n    kwargs = dict(kwargs)\n")
+    changed = text.replace(
+        "def _use_chunked_ce(kwargs, target_gb):\n",
+        "def _use_chunked_ce(kwargs, target_gb):\n    kwargs = dict(kwargs)\n",
+    )
     assert changed != text
     file.write_text(changed)
     return copy.parent
@@ -111,7 +116,9 @@ def test_a_changed_upstream_function_is_skipped_or_strictly_an_error(python, cha
 
 def test_under_torchrun_one_rank_speaks(tmp_path, python):
     script = tmp_path / "script.py"
-    script.write_text("import unsloth_ext, unsloth, os\nassert {r.state for r in unsloth_ext.status()} <= {'applied', 'pending'}\n")
+    script.write_text(
+        "import unsloth_ext, unsloth, os\nassert {r.state for r in unsloth_ext.status()} <= {'applied', 'pending'}\n"
+    )
     done = python(
         "import sys; from torch.distributed.run import main\n"
         f"main(['--standalone', '--nproc-per-node', '2', {str(script)!r}])",

@@ -23,13 +23,13 @@ FILES = {
         TEMPLATE = "{{ message }}"
         TABLE = {"a": (TEMPLATE, 1), "b": (TEMPLATE, 2)}
     ''',
-    "model.py": '''
+    "model.py": """
         from .kernels import scale
         from . import kernels
 
         def forward(x):
             return scale(x)
-    ''',
+    """,
 }
 
 

@@ -32,7 +32,9 @@ def test_comments_and_layout_do_not_count_but_code_and_strings_do(tmp_path):
     plain = of("def scale(x):\n    return 2 * x\n", "a")
     assert of("def scale(x):\n    # twice\n\n    return 2 * x  # the factor\n", "b") == plain
     assert of("def scale(x):\n    return 3 * x\n", "c") != plain
-    assert of("def scale(x):\n    return 2 * x + len('# a')\n", "d") != of("def scale(x):\n    return 2 * x + len('# b')\n", "e")
+    assert of("def scale(x):\n    return 2 * x + len('# a')\n", "d") != of(
+        "def scale(x):\n    return 2 * x + len('# b')\n", "e"
+    )
 
 
 def test_a_replaced_function_has_another_fingerprint(tmp_path, monkeypatch):

@@ -42,7 +42,10 @@ class World:
         if "changes" not in given:
             given.setdefault("replace", replace)
         versions = given.pop("versions", ">=2026.10.1")
-        return Patch(**{"id": "room.scale", "challenge": "A", "summary": "ten times better"} | given, targets=(self.target(attribute, versions),))
+        return Patch(
+            **{"id": "room.scale", "challenge": "A", "summary": "ten times better"} | given,
+            targets=(self.target(attribute, versions),),
+        )
 
     def registry(self, *patches, **options):
         registry = Registry(**options)
@@ -150,7 +153,9 @@ def test_threads_apply_once(world):
 def test_imported_by_another_thread_right_now(world):
     w = world(**{"kernels.py": "import time\ntime.sleep(0.5)\ndef scale(x):\n    return 2 * x\n"})
     known = of_definition(w.package / "kernels.py", "scale")
-    patch = Patch("room.scale", "A", "s", (Target(f"{w.name}.kernels", "scale", ">=1", (known,)),), lambda f: lambda x: 20)
+    patch = Patch(
+        "room.scale", "A", "s", (Target(f"{w.name}.kernels", "scale", ">=1", (known,)),), lambda f: lambda x: 20
+    )
     importing = threading.Thread(target=w.load, args=("kernels",))
     importing.start()
     while f"{w.name}.kernels" not in sys.modules:
@@ -282,7 +287,11 @@ def test_one_room_off(world):
 
 def test_survey_agrees_with_the_run_time(world):
     w = world()
-    patches = [w.patch(), w.patch("shift", id="room.shift", versions=">=2027.1"), w.patch("Loader.load", id="room.load")]
+    patches = [
+        w.patch(),
+        w.patch("shift", id="room.shift", versions=">=2027.1"),
+        w.patch("Loader.load", id="room.load"),
+    ]
     rows = survey(patches, {w.name: w.package})
     registry = w.registry(*patches)
     registry.enable()

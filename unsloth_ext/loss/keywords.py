@@ -2,7 +2,7 @@
 
 transformers hands every keyword of `model(...)` on to the loss: `output_attentions=False`, `packed_seq_lengths=...`,
 `cache_position=...`. Unsloth's fused loss leaves its fast path at the first keyword that it does not know, for a path that
-ignores that keyword too and holds 4 to 6 GiB of logits at a time (T=16384, V=128256). Only keywords that the slow path reads
+ignores that keyword too, is slower and holds more (benchmarks/bench_unread_keywords.py). Only keywords that the slow path reads
 should lead there.
 """
 

@@ -19,9 +19,11 @@ PATCHES = (
     Patch(
         id="loss.unread_keywords",
         challenge="E",
-        summary="an unknown keyword (packed_seq_lengths=, output_attentions=) no longer demotes the fused loss to the 4 to 6 GiB path",
+        summary="an unknown keyword (packed_seq_lengths=, output_attentions=) no longer sends the fused loss to its slower, larger path",
         targets=(
-            Target("unsloth_zoo.fused_losses.cross_entropy_loss", "_use_chunked_ce", ">=2026.10.9", ("64311d916e7013da",)),
+            Target(
+                "unsloth_zoo.fused_losses.cross_entropy_loss", "_use_chunked_ce", ">=2026.10.9", ("64311d916e7013da",)
+            ),
         ),
         replace=_ask_about_read_keywords,
     ),

@@ -100,7 +100,9 @@ class Registry:
     def _select(self, names: Iterable[str]) -> list[_Record]:
         names = set(names) or {"all"}
         if unknown := sorted(names - self.names()):
-            raise UsageError(f"no patch or room named {', '.join(unknown)}", f"There are: {', '.join(sorted(self.names()))}.")
+            raise UsageError(
+                f"no patch or room named {', '.join(unknown)}", f"There are: {', '.join(sorted(self.names()))}."
+            )
         return [r for r in self._records.values() if names & {"all", r.patch.id, r.patch.room}]
 
     # -- the user's switches -------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ PATCHES = (
         id="tools.cpu_pad_token",
         challenge="D",
         summary="the CPU loader picks a pad token as the GPU loader does, instead of pad = eos",
-        targets=(Target("unsloth_zoo.cpu.loader", "FastCPUModel.from_pretrained", ">=2026.10.9", ("4d8988fbd8600083",)),),
+        targets=(
+            Target("unsloth_zoo.cpu.loader", "FastCPUModel.from_pretrained", ">=2026.10.9", ("4d8988fbd8600083",)),
+        ),
         replace=_heal_pad_token,
     ),
     Patch(

@@ -17,7 +17,11 @@ FastCPUModel = pytest.importorskip("unsloth_zoo.cpu.loader").FastCPUModel
 EOT, PAD = "<|eot_id|>", "<|finetune_right_pad_id|>"
 
 
-def checkpoint(folder, reserved, pad_token = None):
+def checkpoint(
+    folder,
+    reserved,
+    pad_token = None,
+):
     words = ["[UNK]", EOT, "hello", "world", *reserved]
     words = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token = "[UNK]"))

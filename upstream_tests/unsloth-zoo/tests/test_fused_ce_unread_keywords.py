@@ -1,5 +1,5 @@
 """transformers hands every keyword of model(...) on to the loss. One that the loss does not read
-must not send it to the slow path, which holds several GiB of logits at a time."""
+must not send it to the old path, which is slower and holds more logits at a time."""
 
 import unsloth  # noqa: F401 (before transformers and unsloth_zoo)
 import pytest
@@ -16,7 +16,13 @@ UNREAD = {
 }
 
 
-def inputs(rows = 32, hidden = 16, vocab = 97, device = "cpu", dtype = torch.float32):
+def inputs(
+    rows = 32,
+    hidden = 16,
+    vocab = 97,
+    device = "cpu",
+    dtype = torch.float32,
+):
     generator = torch.Generator(device = device).manual_seed(3407)
     draw = dict(generator = generator, device = device, dtype = dtype)
     states = torch.randn(1, rows, hidden, **draw).requires_grad_(True)
@@ -72,7 +78,9 @@ def test_read_keywords_still_count(kwargs):
 def test_a_chunk_count_still_takes_the_slow_path(monkeypatch):
     seen = []
     slow = ce.compute_fused_ce_loss
-    monkeypatch.setattr(ce, "compute_fused_ce_loss", lambda *a, **k: seen.append(1) or slow(*a, **k))
+    monkeypatch.setattr(
+        ce, "compute_fused_ce_loss", lambda *a, **k: seen.append(1) or slow(*a, **k)
+    )
     states, head, labels = inputs()
     loss_and_grads(states, head, labels, n_chunks = 2, torch_compile = False)
     assert len(seen) == 2

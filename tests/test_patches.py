@@ -1,0 +1,23 @@
+"""The repository's own series, README and claims."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from unsloth_ext.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_series_applies_to_the_pristine_wheels_and_exports_without_a_difference():
+    assert main(["patches", "check"]) == 0
+
+
+def test_generated_parts_are_up_to_date():
+    done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_claim_holds():
+    done = subprocess.run([sys.executable, "benchmarks/claims.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,118 @@
+"""The same change as a run-time patch and as a git patch: `upstream_tests/` holds for both, and fails without either."""
+
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from unsloth_ext.__main__ import main
+from unsloth_ext.series.base import pristine_tree
+
+pytestmark = pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed: make setup")
+
+ROOT = Path(__file__).parent.parent
+UPSTREAM = {"unsloth": "unsloth", "unsloth-zoo": "unsloth_zoo"}
+RELEASE = "2026.10.9"
+FILES = sorted((ROOT / "upstream_tests").rglob("test_*.py"))
+
+
+@pytest.fixture(scope="session")
+def patched(tmp_path_factory):
+    """Both wheels' trees, side by side in one folder, with both series applied by the command a user types."""
+    folder = tmp_path_factory.mktemp("patched")
+    for package in UPSTREAM.values():
+        shutil.copytree(pristine_tree(package, RELEASE) / package, folder / package)
+    assert main(["patches", "apply", "--unsloth", str(folder), "--zoo", str(folder)]) == 0
+    return folder
+
+
+def outcomes(folder, files, *options, path=()):
+    """{test id: passed, skipped or failed} of pytest over `files`, in a fresh process that imports Unsloth from `path` first."""
+    report = folder / "report.xml"
+    for file in files:  # side by side under pytest's root, which names the cases after their files
+        shutil.copy(file, folder / file.name)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("UNSLOTH")}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={folder}",
+        f"--junitxml={report}",
+        *options,
+        ".",
+    ]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout[-4000:] + done.stderr[-4000:]
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+        found[f"{case.get('classname').rpartition('.')[2]}::{case.get('name')}"] = (
+            "failed" if kinds & {"failure", "error"} else "skipped" if kinds else "passed"
+        )
+    return found
+
+
+def names(found, outcome):
+    return sorted(name for name, what in found.items() if what == outcome)
+
+
+@pytest.mark.slow
+def test_every_upstream_test_file_fails_on_pristine_unsloth(tmp_path):
+    found = outcomes(tmp_path, FILES)
+    for file in FILES:
+        here = {name: what for name, what in found.items() if name.startswith(f"{file.stem}::")}
+        assert names(here, "failed"), f"{file.name} passes without the patch: it proves nothing"
+        assert names(here, "passed"), f"{file.name} only fails: it may be failing for another reason"
+
+
+@pytest.mark.slow
+def test_they_pass_on_pristine_unsloth_with_unsloth_ext(tmp_path):
+    found = outcomes(tmp_path, FILES, "-p", "unsloth_ext")
+    assert names(found, "failed") == [] and len(names(found, "passed")) >= len(FILES)
+
+
+@pytest.mark.slow
+def test_they_pass_on_the_patched_tree_without_it(tmp_path, patched):
+    guard = patched / "test_patched_tree.py"
+    guard.write_text(
+        "import sys, unsloth, unsloth_zoo\n"
+        "def test_this_is_the_patched_tree():\n"
+        f"    assert unsloth.__file__.startswith({str(patched)!r}) and unsloth_zoo.__file__.startswith({str(patched)!r})\n"
+        "    assert 'unsloth_ext' not in sys.modules\n"
+    )
+    found = outcomes(tmp_path, [guard, *FILES], path=[patched])
+    assert names(found, "failed") == [] and found["test_patched_tree::test_this_is_the_patched_tree"] == "passed"
+
+
+def test_the_template_edit_of_both_faces_is_the_same(patched):
+    from unsloth_ext.tools.llama_template import plain_turn_without_calls
+
+    def template(tree):
+        text = (tree / "unsloth" / "chat_templates.py").read_text(encoding="utf-8")
+        return text.partition("llama31_template = \\\n")[2].partition(
+            "# Ollama from https://ollama.com/library/llama3.1"
+        )[0]
+
+    assert plain_turn_without_calls(template(pristine_tree("unsloth", RELEASE))) == template(patched)
+
+
+def test_every_run_time_patch_has_its_git_patch():
+    import unsloth_ext
+
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "patches").glob("*/*.patch")]
+    git = sorted(
+        line.partition(": ")[2]
+        for text in texts
+        for line in text.splitlines()
+        if line.startswith("Unsloth-Ext-Patch: ")
+    )
+    assert git == sorted(patch.id for patch in unsloth_ext.patches())
