@@ -17,7 +17,7 @@ setup: $(PY) ## make .venv with the pinned stack (GPU=1 or CPU=1 to choose; else
 	@$(PY) requirements/install.py $(if $(GPU),--gpu) $(if $(CPU),--cpu)
 
 demo: setup ## a real QLoRA run, pristine Unsloth beside Unsloth + unsloth_ext, and the report of both
-	@$(PY) -m unsloth_ext train --compare --output runs/demo
+	@$(PY) -m unsloth_ext train --compare
 
 test: setup lint ## everything: package, patches, upstream tests on both faces, a short run (12 minutes on 2 cores)
 	@$(PY) -m pytest $(PYTEST)

@@ -36,19 +36,39 @@ def main() -> int:
             for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
                 out.write(file.read_text(encoding="utf-8", errors="replace") + "\n\n")
         output = args.output or Path(folder, "run")
-        command = [sys.executable, "-m", "unsloth_ext", "train", "--compare", "--model", str(model), "--dataset", str(texts)]
+        command = [
+            sys.executable,
+            "-m",
+            "unsloth_ext",
+            "train",
+            "--compare",
+            "--model",
+            str(model),
+            "--dataset",
+            str(texts),
+        ]
         command += ["--max-seq-length", "2048", "--batch-size", "2", "--gradient-accumulation", "1"]
         command += ["--steps", str(args.steps), "--tolerance", "0.01", "--output", str(output)]
         code = subprocess.run(command).returncode
         report = json.loads((output / "report.json").read_text())
     verdict, sides = report["verdict"], report["runs"]
     rows = [
-        {"side": run["side"], "step": step["step"], "loss": step["loss"], "tokens": step["tokens"], "seconds": step["seconds"]}
+        {
+            "side": run["side"],
+            "step": step["step"],
+            "loss": step["loss"],
+            "tokens": step["tokens"],
+            "seconds": step["seconds"],
+        }
         for run in sides
         for step in run["steps"]
     ]
     name = f"{args.architecture}, pristine Unsloth {sides[0]['environment']['unsloth']}"
-    claims = [record.claim("foundation.train_compare.max_loss_difference", verdict["largest_difference"], "nats", "<= 0.01", name)]
+    claims = [
+        record.claim(
+            "foundation.train_compare.max_loss_difference", verdict["largest_difference"], "nats", "<= 0.01", name
+        )
+    ]
     record.write("train_compare", rows, claims)
     return code
 
