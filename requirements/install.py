@@ -22,20 +22,21 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "cut_cross_entropy==25.1.1")
 
 
-def pip(*arguments: str, capture: bool = False) -> str:
+def pip(*arguments: str) -> str:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
+        print(done.stdout[-4000:] + done.stderr[-8000:], file=sys.stderr)
         sys.exit(
             f"setup: this failed: {' '.join(command)}\n  Read pip's message above; `make setup` goes on from here."
         )
-    return done.stdout or ""
+    return done.stdout
 
 
 def install_torch_for_cpu() -> None:
     # Linux wheels on PyPI are CUDA builds. Where pip is set up with an index that has the CPU build, that is the one to take.
     report = json.loads(
-        pip("install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", TORCH, capture=True)
+        pip("install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", TORCH)
     )
     version = report["install"][0]["metadata"]["version"]
     only_cuda = platform.system() == "Linux" and platform.machine() == "x86_64" and "+cpu" not in version
