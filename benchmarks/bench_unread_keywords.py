@@ -67,14 +67,18 @@ def main() -> None:
         name = f"{'unsloth_ext' if enabled else 'pristine'}, {'trained' if trained else 'frozen'} head"
         rows.append(measure(f"{name}, no keyword"))
         rows.append(measure(f"{name}, packed_seq_lengths=", **keyword))
+    record.write("unread_keywords", rows, claims_of(rows))
+
+
+def claims_of(rows: list[dict]) -> list[dict]:
     claims = []
     for kind, (plain, before, _, after) in {"frozen": rows[:4], "trained": rows[4:]}.items():
         for what, key, unit in (("peak", "peak_mib", "MiB"), ("time", "p50", "ms")):
-            for against, target, row in (("with_keyword", "<= 0.9", before), ("without_keyword", "<= 1.05", plain)):
+            for against, target, row in (("with_keyword", "<= 1.0", before), ("without_keyword", "<= 1.05", plain)):
                 id = f"loss.unread_keywords.{kind}.{what}_vs_{against}"
                 baseline = f"pristine unsloth_zoo {against.replace('_', ' ')}, {row[key]} {unit}"
                 claims.append(record.claim(id, round(after[key] / row[key], 3), "x", target, baseline))
-    record.write("unread_keywords", rows, claims)
+    return claims
 
 
 if __name__ == "__main__":
