@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 import time
 
 import pytest
@@ -29,24 +28,42 @@ def test_costs_less_than_50_ms(python):
 
 @pytest.mark.parametrize("environment, said", [
     ({"UNSLOTH_EXT_DISABLE": "nf5"}, "names nf5, which does not exist"),
-    ({"UNSLOTH_EXT_DISABLE": "nf5", "UNSLOTH_EXT_QUIET": "1"}, ""),
+    ({"UNSLOTH_EXT_DISABLE": "nf5", "UNSLOTH_EXT_QUIET": "1"}, "names nf5, which does not exist"),
     ({"UNSLOTH_EXT_DISABLE": "nf5", "RANK": "1"}, ""),
+    ({"UNSLOTH_EXT_DISABLE": "LOSS; tools"}, ""),
 ])  # fmt: skip
 def test_what_it_says(python, environment, said):
     done = python("import unsloth_ext", **environment)
     assert (said in done.stderr) if said else (done.stderr == "")
 
 
-def test_disabled_entirely_it_installs_no_hook(python):
+def test_a_name_that_does_not_exist_is_strictly_an_error(python):
+    done = python("import unsloth_ext", check=False, UNSLOTH_EXT_DISABLE="nf5", UNSLOTH_EXT_STRICT="True")
+    assert done.returncode == 1 and "PatchError: UNSLOTH_EXT_DISABLE names nf5" in done.stderr
+
+
+def test_a_broken_stderr_is_no_reason_to_fail(python):
+    python(
+        "import sys\nclass Broken:\n    def write(self, text):\n        raise BrokenPipeError\n"
+        "for sys.stderr in (Broken(), None): import unsloth_ext, importlib; importlib.reload(unsloth_ext)",
+        UNSLOTH_EXT_DISABLE="nf5",
+    )
+
+
+def test_reloading_leaves_one_hook(python):
+    python(
+        "import importlib, sys, unsloth_ext; count = len(sys.meta_path); importlib.reload(unsloth_ext)\n"
+        "assert len(sys.meta_path) == count"
+    )
+
+
+@pytest.mark.parametrize("everything", ["all", "ALL", "1", "true"])
+def test_disabled_entirely_it_installs_no_hook(python, everything):
     done = python(
         "import sys; before = list(sys.meta_path); import unsloth_ext\n"
         "assert sys.meta_path == before, sys.meta_path\n"
         "assert {row.state for row in unsloth_ext.status()} == {'disabled'}\n"
         "print(unsloth_ext.status())",
-        UNSLOTH_EXT_DISABLE="all",
+        UNSLOTH_EXT_DISABLE=everything,
     )
     assert "by UNSLOTH_EXT_DISABLE" in done.stdout
-
-
-def test_python_version():
-    assert sys.version_info >= (3, 10)

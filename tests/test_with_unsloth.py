@@ -34,7 +34,7 @@ def difference(a, b):
 
 
 def test_imported_after_unsloth_then_off_and_on_ten_times(python):
-    python(
+    done = python(
         "import unsloth\n" + IMPORT_TARGETS + SNAPSHOT + "pristine = snapshot()\n"
         "from unsloth.chat_templates import llama31_template\n"
         "import unsloth_ext\n"
@@ -47,6 +47,7 @@ def test_imported_after_unsloth_then_off_and_on_ten_times(python):
         "    unsloth_ext.enable()\n"
         "    assert difference(pristine, snapshot()) == changed\n"
     )
+    assert "on Unsloth 2026.10.9, patches: 3 applied" in done.stderr
 
 
 def test_disabled_by_the_environment_nothing_differs_from_pristine(python):
@@ -112,6 +113,21 @@ def test_a_changed_upstream_function_is_skipped_or_strictly_an_error(python, cha
     done = python(code, path=[changed_unsloth], check=False, UNSLOTH_EXT_STRICT="1")
     assert done.returncode == 1
     assert "PatchError: patch loss.unread_keywords skipped: upstream changed" in done.stderr
+
+
+def test_a_changed_function_that_a_patch_calls(python, changed_unsloth):
+    file = changed_unsloth / "unsloth_zoo" / "pad_token.py"
+    file.write_text(
+        file.read_text().replace("allow_add=True", "may_add=True").replace("if not allow_add:", "if not may_add:")
+    )
+    done = python(
+        "import unsloth_ext, unsloth, json\n"
+        + IMPORT_TARGETS
+        + "assert not hasattr(unsloth.FastLanguageModel.from_pretrained, '__wrapped__')\n"
+        "print({row.id: row.reason for row in unsloth_ext.status()}['tools.cpu_pad_token'])",
+        path=[changed_unsloth],
+    )
+    assert "upstream changed: unsloth_zoo.pad_token.fix_pad_token" in done.stdout
 
 
 def test_under_torchrun_one_rank_speaks(tmp_path, python):

@@ -6,8 +6,9 @@
 prints one line that says which patches are in. `status()` says more, `disable("loss")` takes a room's patches out and leaves
 nothing behind, `enable("loss")` puts them in again.
 
-Environment: UNSLOTH_EXT_DISABLE=all or a list of rooms and patch ids (loss,tools.empty_tool_calls); UNSLOTH_EXT_STRICT=1 turns
-a skipped or failed patch into an error; UNSLOTH_EXT_QUIET=1 mutes the line.
+Environment: UNSLOTH_EXT_DISABLE=all (or 1) or a list of rooms and patch ids (loss,tools.empty_tool_calls); UNSLOTH_EXT_STRICT=1
+turns a skipped or failed patch, and a name in UNSLOTH_EXT_DISABLE that does not exist, into an error; UNSLOTH_EXT_QUIET=1 mutes
+the line.
 
 Importing this module costs a few milliseconds and imports nothing heavy: Unsloth wants to come before transformers, trl and
 peft, and this has to come before Unsloth.
@@ -25,7 +26,16 @@ __all__ = ["PatchError", "PatchStatus", "StatusTable", "__version__", "disable",
 # Folders with a `patch.py` that declares PATCHES, in the order in which they are applied.
 ROOMS = ("loss", "tools")
 
-_registry = Registry(strict=_os.environ.get("UNSLOTH_EXT_STRICT", "0") == "1")
+_YES = ("1", "true", "yes", "on")
+
+
+def _switch(name: str) -> bool:
+    return _os.environ.get(name, "").strip().lower() in _YES
+
+
+if "_registry" in globals():  # importlib.reload(unsloth_ext): the old one must not stay in
+    _registry.disable()  # noqa: F821
+_registry = Registry(strict=_switch("UNSLOTH_EXT_STRICT"))
 
 
 def status() -> StatusTable:
@@ -58,11 +68,15 @@ def _rank() -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _say(line: str, *, always: bool = False) -> None:
+    import contextlib
     import sys
 
-    if _rank() == 0 and _os.environ.get("UNSLOTH_EXT_QUIET", "0") != "1":
-        print(f"unsloth_ext {__version__}: {line}", file=sys.stderr)
+    if _rank() == 0 and (always or not _switch("UNSLOTH_EXT_QUIET")):
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # stderr closed, broken or None: never a reason to fail
+            print(f"unsloth_ext {__version__}: {line}", file=sys.stderr)
 
 
 def _summary() -> None:
@@ -84,17 +98,22 @@ def _install() -> None:
 
     for room in ROOMS:
         _registry.register(import_module(f"{__name__}.{room}.patch").PATCHES)
-    off = {name for name in _os.environ.get("UNSLOTH_EXT_DISABLE", "").replace(",", " ").split()}
+    off = set(_os.environ.get("UNSLOTH_EXT_DISABLE", "").lower().replace(",", " ").replace(";", " ").split()) - {"0"}
+    if off & set(_YES):
+        off = {"all"}
     if unknown := sorted(off - _registry.names()):
         known = ", ".join(sorted(_registry.names()))
-        _say(f"UNSLOTH_EXT_DISABLE names {', '.join(unknown)}, which does not exist (there are: {known})")
+        line = f"UNSLOTH_EXT_DISABLE names {', '.join(unknown)}, which does not exist (there are: {known})"
+        if _registry.strict:
+            raise PatchError(line, "UNSLOTH_EXT_STRICT=1 makes this an error.")
+        _say(line, always=True)  # what the user wants out would stay in
         off -= set(unknown)
     if off:
         _registry.disable(*off, reason="by UNSLOTH_EXT_DISABLE")
     on = [patch.id for patch in patches() if not off & {"all", patch.id, patch.room}]
     if on:
-        _registry.on_import("unsloth", _summary)  # before enable: listeners run in the order they came
         _registry.enable(*on)
+        _registry.on_import("unsloth", _summary)
 
 
 _install()

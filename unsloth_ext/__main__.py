@@ -44,12 +44,20 @@ def _import_targets() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # Unsloth's banner is not our output
         try:
             importlib.import_module("unsloth")
-        except ImportError as error:
-            raise UnslothExtError(f"Unsloth cannot be imported: {error}", "`make setup` installs it.") from error
+        except unsloth_ext.PatchError:
+            raise
+        except Exception as error:  # it raises NotImplementedError where it finds no accelerator that it likes
+            raise UnslothExtError(
+                f"Unsloth cannot be imported: {type(error).__name__}: {error}",
+                "`make setup` installs it; `unsloth-ext status --no-import` answers without importing it.",
+            ) from error
         for module in sorted({target.module for patch in unsloth_ext.patches() for target in patch.targets}):
-            # A module of another release or of the GPU path: its patches stay pending.
-            with contextlib.suppress(Exception):
+            try:
                 importlib.import_module(module)
+            except unsloth_ext.PatchError:
+                raise
+            except Exception:  # a module of another release or of the GPU path: its patches stay pending
+                continue
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,6 +37,26 @@ def test_comments_and_layout_do_not_count_but_code_and_strings_do(tmp_path):
     )
 
 
+def test_indentation_and_the_inside_of_strings_count(tmp_path):
+    def of(body, name):
+        return fingerprint.of_definition(_kernels(tmp_path, name, **{"kernels.py": body}), "scale")
+
+    inside = of("def scale(x):\n    if x:\n        y = 1\n        return y\n", "a")
+    assert of("def scale(x):\n    if x:\n        y = 1\n    return y\n", "b") != inside
+    for quotes, name in (('"""', "c"), ('f"""', "e")):
+        plain = of(f'def scale(x):\n    return {quotes}a\n  b"""\n', name)
+        for other, tag in (("a\n\n  b", "0"), ("a \n  b", "1"), ("a\n b", "2"), ("a\n  b\n", "3")):
+            assert of(f'def scale(x):\n    return {quotes}{other}"""\n', name + tag) != plain
+    assert of("def scale(x):\n\n    if x:   \n        y = 1  # one\n        return y\n", "d") == inside
+
+
+def test_an_assignment_is_its_value(tmp_path):
+    def of(body, name):
+        return fingerprint.of_definition(_kernels(tmp_path, name, **{"kernels.py": body}), "NAMES")
+
+    assert of("NAMES = frozenset(('a', 'b'))\n", "a") != of("NAMES = frozenset(('a', 'c'))\n", "b")
+
+
 def test_a_replaced_function_has_another_fingerprint(tmp_path, monkeypatch):
     _kernels(tmp_path, "upstream_replaced")
     monkeypatch.syspath_prepend(tmp_path)

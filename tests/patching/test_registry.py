@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from conftest import write_upstream
@@ -181,7 +182,7 @@ def test_definition_that_is_gone(world):
     registry = w.registry(w.patch())
     registry.enable()
     w.load("kernels")
-    assert state(registry)[0] == "skipped" and "is gone" in state(registry)[1]
+    assert state(registry)[0] == "skipped" and "gone or not readable" in state(registry)[1]
 
 
 def test_strict_names_the_patch(world):
@@ -269,6 +270,83 @@ def test_what_somebody_put_over_ours_stays(world):
     kernels.scale = theirs
     registry.disable()
     assert kernels.scale is theirs
+    what, why = state(registry)
+    assert what == "applied" and "cannot be taken out" in why and "test_registry" in why
+
+
+def test_wrapped_by_somebody_it_stays_in_once(world):
+    w = world()
+    kernels = w.load("kernels")
+    registry = w.registry(w.patch())
+    registry.enable()
+    ours = kernels.scale
+    kernels.scale = functools.wraps(ours)(lambda x: ours(x) + 1)
+    for _ in range(2):
+        registry.disable()
+        registry.enable()
+        assert kernels.scale(1) == 21 and state(registry)[0] == "applied"
+
+
+def test_two_patches_on_one_function(world):
+    w = world()
+    kernels = w.load("kernels")
+    pristine = dict(vars(kernels))
+
+    def times(factor):
+        return lambda original: functools.wraps(original)(lambda x: factor * original(x))
+
+    registry = w.registry(w.patch(id="a.scale", replace=times(10)), w.patch(id="b.scale", replace=times(7)))
+    registry.enable()
+    assert kernels.scale(1) == 140
+    registry.disable("a")
+    assert kernels.scale(1) == 14 and [row.state for row in registry.status()] == ["disabled", "applied"]
+    registry.enable("a")
+    assert kernels.scale(1) == 140
+    registry.disable("b")
+    assert kernels.scale(1) == 20
+    registry.disable()
+    assert dict(vars(kernels)) == pristine
+
+
+@pytest.mark.parametrize("how", ["reload", "import again"])
+def test_a_module_executed_again_is_patched_again(world, how):
+    w = world()
+    registry = w.registry(w.patch())
+    registry.enable()
+    kernels = w.load("kernels")
+    if how == "reload":
+        importlib.reload(kernels)
+    else:
+        del sys.modules[kernels.__name__]
+        kernels = w.load("kernels")
+    assert kernels.scale(1) == 20 and state(registry) == ("applied", "")
+    registry.disable()
+    assert kernels.scale(1) == 2
+
+
+def test_skipped_where_what_it_relies_on_has_changed(world):
+    changed = "def scale(x):\n    return 2 * x\n\ndef shift(x):\n    return x - 1\n"
+    w = world(**{"kernels.py": changed})
+    known = of_definition(w.package / "kernels.py", "scale")
+    target = Target(f"{w.name}.kernels", "scale", ">=1", (known,))
+    patch = Patch("room.scale", "A", "s", (target,), lambda f: f, relies_on=(w.target("shift"),))
+    registry = w.registry(patch)
+    registry.enable()
+    w.load("kernels")
+    assert state(registry)[0] == "skipped" and f"upstream changed: {w.name}.kernels.shift" in state(registry)[1]
+    assert survey([patch], {w.name: w.package}) == registry.status()
+
+
+def test_superseded_where_the_tree_has_the_change(world):
+    w = world(**{"kernels.py": "def scale(x):\n    return 20 * x\n"})
+    with_change = of_definition(w.package / "kernels.py", "scale")
+    target = w.target("scale")
+    patch = Patch("room.scale", "A", "s", (replace(target, patched=(with_change,)),), lambda f: f)
+    registry = w.registry(patch, strict=True)
+    registry.enable()
+    assert w.load("kernels").scale(1) == 20
+    assert state(registry) == ("superseded", f"this {w.name} 2026.10.9 already has the change")
+    assert survey([patch], {w.name: w.package}) == registry.status()
 
 
 def test_one_room_off(world):

@@ -1,8 +1,8 @@
 """Is upstream's source still the one that a patch was written against? A hash of the definition answers.
 
-Comments, blank lines and indentation do not count (upstream trims its comments often); every other character does. The text
-is read from the file that the object came from, so the same hash comes out of a running Unsloth and out of an unpacked wheel
-that nobody has imported (`of_definition`).
+Comments, blank lines and spaces at the end of a line do not count outside of strings (upstream trims its comments often); every
+other character does. The text is read from the file that the object came from, so the same hash comes out of a running Unsloth
+and out of an unpacked wheel that nobody has imported (`of_definition`), on every Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def of_object(value: Any) -> str | None:
 
 
 def of_definition(path: Path, qualified_name: str) -> str | None:
-    """The fingerprint of a definition in a source file: a function, a method (`Class.name`) or a module-level string."""
+    """The fingerprint of a definition in a source file: a function, a method (`Class.name`), a string or another assignment."""
     import ast
 
     text = path.read_text(encoding="utf-8")
@@ -47,15 +47,15 @@ def of_definition(path: Path, qualified_name: str) -> str | None:
         elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
                 found = _digest(node.value.value)
+            else:
+                found = _digest(ast.get_source_segment(text, node.value))
     return found
 
 
 def _of_block(lines: list[str], first_line: int) -> str:
     import inspect
-    import textwrap
 
-    block = inspect.getblock(lines[first_line - 1 :])
-    return _digest(_without_comments(textwrap.dedent("".join(block))))
+    return _digest(_without_comments("".join(inspect.getblock(lines[first_line - 1 :]))))
 
 
 def _without_comments(source: str) -> str:
@@ -64,11 +64,24 @@ def _without_comments(source: str) -> str:
     import tokenize
 
     lines = source.splitlines()
+    in_string: set[int] = set()  # lines that end, and so continue, inside a string: there a space counts
+    opened = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
+        kind = tokenize.tok_name[token.type]
+        if kind == "COMMENT":
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    return "\n".join(line.strip() for line in lines if line.strip())
+        elif kind.endswith("STRING_START"):
+            opened.append(token.start[0])
+        elif kind == "STRING" or kind.endswith("STRING_END"):
+            in_string.update(range(opened.pop() if opened and kind != "STRING" else token.start[0], token.end[0]))
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if number in in_string:
+            kept.append(line)
+        elif line.strip():
+            kept.append(line.rstrip())
+    return "\n".join(kept)
 
 
 def _digest(text: str) -> str:

@@ -1,7 +1,7 @@
 """Run a function right after a module has been executed and before anyone can import from it.
 
 That is the moment to patch: `from unsloth.kernels.utils import fast_dequantize` in fifty modules then binds the replacement,
-and nobody has to be chased. (wrapt has such hooks too; its import alone costs 80 ms, more than the whole budget of
+and nobody has to be chased. (wrapt has such hooks too; its import alone costs more than the whole budget of
 `import unsloth_ext`, and a hook there fires at once for a module that another thread is still executing.)
 """
 
@@ -21,6 +21,8 @@ class _NotifyingLoader:
         self._notify = notify
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_filename, is_package, ...
+        if name.startswith("__"):  # copy and pickle ask before there is a `_loader`
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def create_module(self, spec):
@@ -78,16 +80,17 @@ def is_executing(module: ModuleType) -> bool:
 def rebind_everywhere(replacements: dict[int, Any]) -> None:
     """In every imported module's namespace, put `replacements[id(value)]` in the place of `value`.
 
-    For modules that did `from x import f` before we came. By identity, so that an equal but different function stays, and
-    through `vars`, so that no lazy module is made to load anything.
+    For modules that did `from x import f` before we came, the user's own script included. By identity, so that an equal but
+    different function stays, and through `vars`, so that no lazy module is made to load anything.
     """
     if not replacements:
         return
     for module in list(sys.modules.values()):
         try:
             namespace = vars(module)
-            names = [(name, value) for name, value in list(namespace.items()) if id(value) in replacements]
-        except (TypeError, RuntimeError):  # not a module, or changed by another thread while we looked
+        except TypeError:  # not a module
             continue
-        for name, value in names:
-            namespace[name] = replacements[id(value)]
+        # A copy first: another thread may be adding names to it while we look.
+        for name, value in namespace.copy().items():
+            if id(value) in replacements:
+                namespace[name] = replacements[id(value)]

@@ -24,12 +24,14 @@ class Target:
     versions: PEP 440 specifiers of the releases in which the definition is looked for there. The upper end stays open: a newer
         release is judged by the fingerprint, not by its number.
     fingerprints: `fingerprint.of_object` of every source that the patch was checked against.
+    patched: the same of a tree in which the git patch has been applied, or which has been given the change by upstream.
     """
 
     module: str
     attribute: str
     versions: str
     fingerprints: tuple[str, ...]
+    patched: tuple[str, ...] = ()
 
     @property
     def package(self) -> str:
@@ -53,15 +55,19 @@ class SetAttribute:
         self.old = vars(self.owner).get(self.name, _ABSENT)
         setattr(self.owner, self.name, self.value)
 
-    def undo(self) -> bool:
-        """False if somebody else has replaced our value since: theirs stays."""
-        if vars(self.owner).get(self.name, _ABSENT) is not self.value:
-            return False
+    @property
+    def slot(self) -> tuple[int, Any]:
+        """What is changed: two changes with the same slot lie on top of each other."""
+        return id(self.owner), self.name
+
+    def current(self) -> Any:
+        return vars(self.owner).get(self.name, _ABSENT)
+
+    def undo(self) -> None:
         if self.old is _ABSENT:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, self.old)
-        return True
 
 
 @dataclass
@@ -77,14 +83,18 @@ class SetItem:
         self.old = self.mapping.get(self.key, _ABSENT)
         self.mapping[self.key] = self.value
 
-    def undo(self) -> bool:
-        if self.mapping.get(self.key, _ABSENT) is not self.value:
-            return False
+    @property
+    def slot(self) -> tuple[int, Any]:
+        return id(self.mapping), self.key
+
+    def current(self) -> Any:
+        return self.mapping.get(self.key, _ABSENT)
+
+    def undo(self) -> None:
         if self.old is _ABSENT:
             del self.mapping[self.key]
         else:
             self.mapping[self.key] = self.old
-        return True
 
 
 Change = SetAttribute | SetItem
@@ -100,6 +110,8 @@ class Patch:
     replace: (original) -> replacement of the target's definition; `original` is the raw attribute, so a staticmethod or
         classmethod object for a method. Must be free of side effects: it may be called more than once.
     changes: instead of `replace`, (module, target) -> the changes to make, equally free of side effects.
+    relies_on: definitions that the replacement calls or whose behaviour it takes for granted, with their fingerprints. The
+        patch is skipped where one of them is another.
     superseded: (specifiers, reason) pairs: releases that do it as well or better, with what was measured.
     """
 
@@ -109,6 +121,7 @@ class Patch:
     targets: tuple[Target, ...]
     replace: Callable[[Any], Any] | None = None
     changes: Callable[[Any, Target], Iterable[Change]] | None = None
+    relies_on: tuple[Target, ...] = ()
     superseded: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):

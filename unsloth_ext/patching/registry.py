@@ -21,14 +21,16 @@ import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..errors import UnslothExtError, UsageError
 from . import fingerprint
 from .hooks import PostImportFinder, is_executing, rebind_everywhere
 from .patch import Change, Patch, SetAttribute, Target
-from .release import installed_release
+from .release import folder_of, installed_release
 
-STATES = ("applied", "pending", "superseded", "skipped", "disabled", "failed")
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class PatchError(UnslothExtError):
@@ -46,6 +48,11 @@ class PatchStatus:
     summary: str
     target: str
     release: str
+
+    @classmethod
+    def of(cls, patch: Patch, state: str, reason: str, target: Target | None, release: str | None) -> PatchStatus:
+        where = str(target or patch.targets[0])
+        return cls(patch.id, patch.challenge, state, reason, patch.summary, where, release or "")
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -79,6 +86,7 @@ class Registry:
         self._lock = threading.RLock()
         self._finder = PostImportFinder(self._module_loaded)
         self._listeners: list = []
+        self._applied: list[_Record] = []  # in the order in which they went in
         self.strict = strict
 
     # -- declaring ---------------------------------------------------------------------------------------------------
@@ -121,28 +129,32 @@ class Registry:
         self._apply_pending()
 
     def disable(self, *names: str, reason: str = "by disable()") -> None:
-        """Take patches out again and leave nothing behind."""
+        """Take patches out again and leave nothing behind.
+
+        A patch whose change somebody else has replaced or wrapped since stays `applied`, with that reason: it cannot be known
+        whether theirs still calls ours.
+        """
         with self._lock:
             chosen = self._select(names)
-            for record in reversed(chosen):
+            # A patch that lies over one of them has to make room, and comes back afterwards.
+            slots = {change.slot for record in chosen for change in record.made}
+            over = [r for r in self._applied if r not in chosen and any(change.slot in slots for change in r.made)]
+            for record in [r for r in reversed(self._applied) if r in chosen or r in over]:
                 self._take_out(record)
-                record.state, record.reason = "disabled", reason
+            for record in chosen:
+                if not record.made:
+                    record.state, record.reason = "disabled", reason
+            for record in over:
+                if not record.made:
+                    record.state, record.reason = "pending", ""
             if all(record.state == "disabled" for record in self._records.values()):
                 self._finder.remove()
+        self._apply_pending()
 
     def status(self) -> StatusTable:
         with self._lock:
             return StatusTable(
-                PatchStatus(
-                    id=r.patch.id,
-                    challenge=r.patch.challenge,
-                    state=r.state,
-                    reason=r.reason,
-                    summary=r.patch.summary,
-                    target=str(r.target or r.patch.targets[0]),
-                    release=r.release,
-                )
-                for r in self._records.values()
+                PatchStatus.of(r.patch, r.state, r.reason, r.target, r.release) for r in self._records.values()
             )
 
     # -- when modules arrive ---------------------------------------------------------------------------------------------
@@ -156,11 +168,16 @@ class Registry:
         self._finder.watch({module})
 
     def _module_loaded(self, module: ModuleType) -> None:
+        with self._lock:
+            # Executed a second time (importlib.reload, or taken out of sys.modules): what we had put there is gone.
+            for record in [r for r in self._applied if r.target.module == module.__name__]:
+                self._applied.remove(record)
+                record.made.clear()
+                record.state = "pending"
         self._apply_pending(just_loaded=module.__name__)
-        for name, listener in list(self._listeners):
-            if name == module.__name__:
-                self._listeners.remove((name, listener))
-                listener()
+        for name, listener in [entry for entry in self._listeners if entry[0] == module.__name__]:
+            self._listeners.remove((name, listener))
+            listener()
 
     def _wait_for_other_threads(self, modules: set[str]) -> None:
         # A module that another thread is executing right now was found before our finder stood there, so no hook will
@@ -204,21 +221,22 @@ class Registry:
         if module is None or (is_executing(module) and target.module != just_loaded):
             return
         original, owner, name = _resolve(module, target.attribute)
-        if original is None:
-            self._set(record, "skipped", f"upstream changed: {target} is gone in {release}", target, release)
-            return
-        found = fingerprint.of_object(original)
-        if found not in target.fingerprints:
-            self._set(record, "skipped", describe_change(target, release, found), target, release)
+        verdict = judge_source(patch, target, release, fingerprint.of_object(original), folder_of(patch.package))
+        if verdict is not None:
+            self._set(record, *verdict, target, release)
             return
         if patch.replace is not None:
             changes: list[Change] = [SetAttribute(owner, name, patch.replace(original))]
         else:
             changes = list(patch.changes(module, target))
         with self._lock:
-            if record.state == "pending":  # another thread may have been quicker
+            if record.state != "pending":  # another thread was quicker
+                return
+            if _resolve(module, target.attribute)[0] is original:
                 self._put_in(record, changes)
                 self._set(record, "applied", "", target, release)
+                return
+        self._try_apply(record, just_loaded)  # another patch has come under this one meanwhile
 
     def _set(self, record: _Record, state: str, reason: str, target: Target | None, release: str | None) -> None:
         with self._lock:
@@ -234,12 +252,24 @@ class Registry:
                 record.made.append(change)
             rebind_everywhere({id(c.old): c.value for c in record.made if _is_shared(c)})
         except BaseException:
-            self._take_out(record)
+            self._undo(record)
             raise
+        self._applied.append(record)
 
     def _take_out(self, record: _Record) -> None:
-        undone = [change for change in reversed(record.made) if change.undo()]
-        rebind_everywhere({id(c.value): c.old for c in undone if _is_shared(c)})
+        theirs = next((change for change in record.made if change.current() is not change.value), None)
+        if theirs is not None:
+            value = theirs.current()
+            who = getattr(getattr(value, "__func__", value), "__module__", None) or type(value).__name__
+            record.reason = f"cannot be taken out: {who} has replaced or wrapped {record.target} since"
+            return
+        self._undo(record)
+        self._applied.remove(record)
+
+    def _undo(self, record: _Record) -> None:
+        for change in reversed(record.made):
+            change.undo()
+        rebind_everywhere({id(c.value): c.old for c in record.made if _is_shared(c)})
         record.made.clear()
 
 
@@ -259,9 +289,34 @@ def choose_target(patch: Patch, release: str | None) -> tuple[tuple[str, str] | 
     return ("skipped", f"for {patch.package} {known}, this is {release}"), None
 
 
-def describe_change(target: Target, release: str | None, found: str | None) -> str:
-    """Why a target whose source is not a known one is left alone."""
-    return f"upstream changed: {target} in {release} is {found or 'not readable'}, known are {', '.join(target.fingerprints)}"
+def judge_source(
+    patch: Patch, target: Target, release: str | None, found: str | None, folder: Path | None
+) -> tuple[str, str] | None:
+    """(state, reason) if the sources rule the patch out, else None.
+
+    `found` is the fingerprint of the target's definition; what the patch relies on is read from `folder`, the package's.
+    """
+    if found is not None and found in target.patched:
+        return "superseded", f"this {patch.package} {release} already has the change"
+    if found not in target.fingerprints:
+        return "skipped", _describe_change(target, release, found)
+    for needed in patch.relies_on:
+        if (other := of_target(folder, needed)) not in needed.fingerprints:
+            return "skipped", _describe_change(needed, release, other)
+    return None
+
+
+def of_target(folder: Path | None, target: Target) -> str | None:
+    """The fingerprint of a target's definition in a package folder, without importing it."""
+    if folder is None:
+        return None
+    file = folder.joinpath(*target.module.split(".")[1:]).with_suffix(".py")
+    return fingerprint.of_definition(file, target.attribute) if file.is_file() else None
+
+
+def _describe_change(target: Target, release: str | None, found: str | None) -> str:
+    known = ", ".join(target.fingerprints)
+    return f"upstream changed: {target} in {release} is {found or 'gone or not readable'}, known: {known}"
 
 
 def _resolve(module: ModuleType, attribute: str):

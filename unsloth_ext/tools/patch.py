@@ -39,15 +39,30 @@ PATCHES = (
         challenge="D",
         summary="the CPU loader picks a pad token as the GPU loader does, instead of pad = eos",
         targets=(
-            Target("unsloth_zoo.cpu.loader", "FastCPUModel.from_pretrained", ">=2026.10.9", ("4d8988fbd8600083",)),
+            Target(
+                "unsloth_zoo.cpu.loader",
+                "FastCPUModel.from_pretrained",
+                ">=2026.10.9",
+                ("46715d5895805c31",),
+                patched=("0100880ea95142fb",),
+            ),
         ),
+        relies_on=(Target("unsloth_zoo.pad_token", "fix_pad_token", ">=2026.10.9", ("89905228caf32b13",)),),
         replace=_heal_pad_token,
     ),
     Patch(
         id="tools.empty_tool_calls",
         challenge="D",
         summary="the Llama 3.x templates render a turn whose tool_calls is [] or None (any Arrow-backed row) as a plain turn",
-        targets=(Target("unsloth.chat_templates", "llama31_template", ">=2026.8.1", ("dd2b02f1d93dc00f",)),),
+        targets=(
+            Target(
+                "unsloth.chat_templates",
+                "llama31_template",
+                ">=2026.8.1",
+                ("dd2b02f1d93dc00f",),
+                patched=("42b52124ca768c0e",),
+            ),
+        ),
         changes=_edit_llama31_template,
     ),
 )

@@ -21,12 +21,13 @@ def checkpoint(
     folder,
     reserved,
     pad_token = None,
+    **special,
 ):
     words = ["[UNK]", EOT, "hello", "world", *reserved]
     words = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token = "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object = tokenizer, eos_token = EOT)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object = tokenizer, eos_token = EOT, **special)
     tokenizer.add_special_tokens({"additional_special_tokens": list(reserved)})
     if pad_token is not None:
         tokenizer.pad_token = pad_token
@@ -75,8 +76,13 @@ def test_without_a_spare_token_nothing_is_added(tmp_path):
     folder = checkpoint(tmp_path, [])
     size = len(PreTrainedTokenizerFast.from_pretrained(folder))
     model, tokenizer = load(folder)
-    assert tokenizer.pad_token is not None
+    assert tokenizer.pad_token == EOT
     assert len(tokenizer) == size == model.get_input_embeddings().num_embeddings
+
+
+def test_without_a_reserved_token_unk_is_next(tmp_path):
+    _, tokenizer = load(checkpoint(tmp_path, [], unk_token = "[UNK]"))
+    assert tokenizer.pad_token == "[UNK]"
 
 
 def test_a_saved_adapter_loads_with_the_same_pad_token(tmp_path):
