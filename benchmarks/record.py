@@ -33,9 +33,20 @@ def percentiles(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
 
 def claim(id: str, value: float, unit: str, target: str, baseline: str) -> dict:
     """A claim whose `target` is a comparison with `value`, e.g. "<= 0.01"; `baseline` names the code that it was measured against."""
+    return {
+        "id": id,
+        "value": value,
+        "unit": unit,
+        "target": target,
+        "holds": holds(value, target),
+        "baseline": baseline,
+    }
+
+
+def holds(value: float, target: str) -> bool:
+    """Whether `value` meets a target such as "<= 0.01" or ">= 1.2"."""
     operator, _, bound = target.partition(" ")
-    holds = {"<=": value <= float(bound), ">=": value >= float(bound), "==": value == float(bound)}[operator]
-    return {"id": id, "value": value, "unit": unit, "target": target, "holds": holds, "baseline": baseline}
+    return {"<=": value <= float(bound), ">=": value >= float(bound)}[operator]
 
 
 def environment() -> dict:
