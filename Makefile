@@ -10,6 +10,7 @@ help: ## what can be made
 
 $(PY):
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: $(PYTHON) is not installed (3.10 or newer is needed; another one: make PYTHON=python3.12)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("make: $(PYTHON) is Python %d.%d, 3.10 or newer is needed (another one: make PYTHON=python3.12)" % sys.version_info[:2])' || exit 2
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module (Debian: apt-get install python3-venv)"; exit 2; }
 	@$(PYTHON) -m venv $(VENV)
 
@@ -39,10 +40,10 @@ claims: setup ## every claim of benchmarks/data in one table; fails where one do
 readme: setup ## write the README's generated tables again
 	@$(PY) benchmarks/readme.py
 
-apply-patches: require-UNSLOTH setup ## UNSLOTH=path [ZOO=path]: apply the patch series to a checkout or an unpacked wheel
+apply-patches: require-checkout setup ## UNSLOTH=path, ZOO=path or both: apply the patch series to a checkout or an unpacked wheel
 	@$(PY) -m unsloth_ext patches apply $(trees)
 
-unapply-patches: require-UNSLOTH setup ## UNSLOTH=path [ZOO=path]: take them out again
+unapply-patches: require-checkout setup ## UNSLOTH=path, ZOO=path or both: take them out again
 	@$(PY) -m unsloth_ext patches unapply $(trees)
 
 check-patches: setup ## apply to the pristine wheels, export again, find no difference
@@ -54,10 +55,12 @@ export-patches: setup ## [UNSLOTH=path] [ZOO=path]: write patches/ from a patche
 rebase-patches: require-VERSION setup ## VERSION=2026.10.8 [WRITE=1]: try the series on another release
 	@$(PY) -m unsloth_ext patches rebase $(VERSION) $(if $(WRITE),--write)
 
+require-checkout:
+	@test -n "$(UNSLOTH)$(ZOO)" || { echo "make: UNSLOTH= or ZOO= is missing. For example: make $(firstword $(MAKECMDGOALS)) UNSLOTH=~/src/unsloth"; exit 2; }
+
 require-%:
 	@test -n "$($*)" || { echo "make: $*= is missing. For example: make $(firstword $(MAKECMDGOALS)) $*=$(example-$*)"; exit 2; }
 
-example-UNSLOTH = ~/src/unsloth
 example-VERSION = 2026.10.8
 
 clean: ## remove what runs and builds left here (not .venv, not the cache)

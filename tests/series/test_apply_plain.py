@@ -5,6 +5,10 @@ import shutil
 import pytest
 from made_up import BASE, FIRST, LOSS, release, snapshot, write
 
+from unsloth_ext.errors import UsageError
+from unsloth_ext.series.apply import open_target
+from unsloth_ext.series.layout import Repository
+
 SQUARED = FIRST[1].strip().encode()
 
 
@@ -217,3 +221,26 @@ def test_two_commands_at_once_do_not_meet(world, plain):
         code, said = world.run("apply", "--unsloth", tree)
     assert code == 3 and "another unsloth-ext works on" in said
     assert world.run("apply", "--unsloth", tree) == (0, "")
+
+
+def test_the_version_is_read_as_the_run_time_patches_read_it(world, plain):
+    tree = plain()
+    series = Repository(world.root).series("unsloth")
+    write(tree, {"unsloth/_version.py": f'__version__ = "{BASE}"\nsyntax of a later Python\n'})
+    assert open_target(series, tree).version == BASE
+    write(tree, {"unsloth/_version.py": ""})
+    with pytest.raises(UsageError, match="says its __version__ nowhere"):
+        open_target(series, tree)
+
+
+def test_a_tilde_is_expanded_and_an_empty_path_is_refused(world, plain, tmp_path, monkeypatch, capsys):
+    plain()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, said = world.run("apply", "--unsloth", "~/site-packages", capsys=capsys)
+    assert code == 0 and str(tmp_path / "site-packages") in said
+    monkeypatch.chdir(tmp_path / "site-packages")
+    before = snapshot(tmp_path / "site-packages")
+    with pytest.raises(SystemExit) as exit:
+        world.run("unapply", "--unsloth", "")
+    assert exit.value.code == 2 and "argument --unsloth: the path is empty" in capsys.readouterr().err
+    assert snapshot(tmp_path / "site-packages") == before

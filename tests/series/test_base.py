@@ -147,3 +147,13 @@ def test_base_does_not_pull_the_release_from_under_patches(world):
     assert world.run("base", "unsloth_zoo", BASE)[0] == 0
     assert (world.root / "patches" / "unsloth-zoo" / "series").read_text() == ""
     assert world.run("base", "numpy", "1")[0] == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("HOME", "file"), ("UNSLOTH_EXT_CACHE", "file/cache")])
+def test_a_cache_that_cannot_be_made_says_what_to_set(world, tmp_path, monkeypatch, name, value):
+    (tmp_path / "file").write_text("")
+    for variable in ("UNSLOTH_EXT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, str(tmp_path / value))
+    code, said = world.run("base", "unsloth", BASE)
+    assert code == 2 and str(tmp_path / value) in said and "Set UNSLOTH_EXT_CACHE" in said

@@ -5,6 +5,9 @@ import json
 import pytest
 from made_up import ROOM, TEST, write
 
+from unsloth_ext.errors import UsageError
+from unsloth_ext.series import layout
+
 FIRST_PATCH, SECOND_PATCH = "0001-Square-the-loss.patch", "0002-Read-the-keywords.patch"
 
 
@@ -160,3 +163,14 @@ def test_the_repository_is_found_or_asked_for(world, tmp_path, monkeypatch):
 def test_our_code_is_only_read(world, capsys):
     write(world.root, {"unsloth_ext/loss/keywords.py": 'raise SystemExit("imported")\n' + ROOM})
     assert world.problems(capsys) == ""
+
+
+def test_a_folder_without_patches_is_said_plainly(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="holds no patches/unsloth folder"):
+        layout.find_repository(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(layout, "__file__", str(tmp_path / "a" / "b" / "layout.py"))
+    with pytest.raises(
+        UsageError, match="neither this installation nor the current folder holds a patches/unsloth folder"
+    ):
+        layout.find_repository()

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from made_up import BASE, FIRST, git, snapshot, write
 
 
@@ -91,6 +92,14 @@ def test_the_matrix_has_a_row_for_each_release_and_patch(world, tmp_path, capsys
     assert world.run("matrix", "--releases", "0")[0] == 2
 
 
-def test_a_release_that_does_not_exist_is_an_error(world):
-    code, said = world.run("rebase", "1.0")
-    assert code == 1 and "could not download unsloth==1.0" in said
+@pytest.mark.parametrize(
+    "words", [("rebase", "abc"), ("rebase", BASE, "--zoo-version", "abc"), ("base", "unsloth", "abc")]
+)
+def test_what_is_no_version_is_named(world, words):
+    code, said = world.run(*words)
+    assert code == 2 and said.startswith("'abc' is not a version")
+
+
+def test_an_unknown_release_is_one_line_with_the_newest(world):
+    newest = "2026.1.5, 2026.1.4, 2026.1.3, 2026.1.2, 2026.1.1"
+    assert world.run("rebase", "2099.1.1") == (2, f"there is no release 2099.1.1 of unsloth; the newest are {newest}")

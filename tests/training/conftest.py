@@ -15,11 +15,24 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def unsloth_ext(environment):
+def current_folder(tmp_path_factory):
+    """Where commands run: a job must leave nothing there."""
+    return tmp_path_factory.mktemp("current")
+
+
+@pytest.fixture(scope="session")
+def unsloth_ext(environment, current_folder):
     """Run the command line in a fresh process: `unsloth_ext("train", ...)` returns the completed process."""
 
     def call(*words, **changes):
         command = [sys.executable, "-m", "unsloth_ext", *map(str, words)]
-        return subprocess.run(command, env={**environment, **changes}, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command,
+            env={**environment, **changes},
+            cwd=current_folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     return call

@@ -6,13 +6,13 @@ before the first change. If the second of two targets fails while it is being ch
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import Refused, UsageError
+from ..patching.release import release_in
 from .git import run, text
 from .git_checkout import GitCheckout
 from .layout import Repository, Series
@@ -20,7 +20,6 @@ from .plain_tree import PlainTree
 from .rehearse import ALREADY, CONFLICT, MERGED, NOT_FOR, REVERTED, TAKEN_OUT, THERE, Outcome
 
 Target = GitCheckout | PlainTree
-_VERSION_FILES = ("_version.py", "__init__.py", "models/_utils.py")
 
 
 @dataclass
@@ -67,7 +66,9 @@ def open_target(series: Series, path: Path) -> Target:
         raise UsageError(
             f"{path} holds no package {package}", f"Give a checkout, or the folder that contains {package}/."
         )
-    version = _version(root / package)
+    version = release_in(root / package)
+    if version is None:
+        raise UsageError(f"{root / package} says its __version__ nowhere", f"Is this the source of {package}?")
     top = run(root, "rev-parse", "--show-toplevel", theirs=True)
     in_git = top.returncode == 0 and Path(text(top.stdout).rstrip("\n")).resolve() == root
     if (root / ".git").exists() and not in_git:
@@ -75,21 +76,6 @@ def open_target(series: Series, path: Path) -> Target:
             f"git cannot use the checkout {root}:\n{text(top.stderr).strip()}", "Do what git says, then try again."
         )
     return (GitCheckout if in_git else PlainTree)(root, series, version)
-
-
-def _version(package: Path) -> str:
-    for name in _VERSION_FILES:
-        try:
-            tree = ast.parse((package / name).read_bytes())
-        except (OSError, SyntaxError):
-            continue
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__version__" for t in node.targets):
-                if isinstance(node.value, ast.Constant):
-                    return str(node.value.value)
-    raise UsageError(
-        f"{package} says its __version__ nowhere", f"Looked in {', '.join(_VERSION_FILES)}: is this the package?"
-    )
 
 
 def apply(repository: Repository, paths: dict[str, Path]) -> list[Report]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 SERIES_OPTIONS = {"unsloth": "unsloth", "zoo": "unsloth-zoo"}
@@ -26,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     def targets(added: argparse.ArgumentParser, what: str) -> None:
         for option, name in SERIES_OPTIONS.items():
-            added.add_argument(f"--{option}", metavar="PATH", type=Path, help=f"{what} {name}")
+            added.add_argument(f"--{option}", metavar="PATH", type=_folder, help=f"{what} {name}")
 
     command("list", _list, "show the patches of each series", as_json=True)
     place = "git checkout, or folder with the installed package,"
@@ -39,6 +40,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         command("export", _export, "write the patch files anew (without a path: from themselves)"),
         "patched git checkout of",
     )
+
+    upstream = command("pull-requests", _pull_requests, "write each patch as upstream wants it, with its page as PR.md")
+    upstream.add_argument("folder", metavar="DIR", type=_folder)
+
+    fingerprint = command("fingerprint", _fingerprint, "print the fingerprint of a definition, for a run-time patch")
+    fingerprint.add_argument("module", metavar="MODULE", help="for example unsloth_zoo.cpu.loader")
+    fingerprint.add_argument("attribute", metavar="ATTRIBUTE", help="a function, Class.method or module-level string")
+    fingerprint.add_argument("--release", metavar="V", help="a release of that package (default: the series' base)")
 
     formatter = command("format", _format, "put Python files into upstream's format, in place")
     formatter.add_argument("files", nargs="+", metavar="FILE", type=Path)
@@ -57,6 +66,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     matrix = command("matrix", _matrix, "try the series on the newest releases", as_json=True)
     matrix.add_argument("--releases", type=int, default=10, metavar="N", help="how many releases (default: 10)")
     matrix.add_argument("--out", metavar="FILE", type=Path, help="write the rows there as JSON")
+
+
+def _folder(value: str) -> Path:
+    """A path as typed; make and some shells leave the ~ in it, and an empty one would be the current folder."""
+    if not value:
+        raise argparse.ArgumentTypeError("the path is empty; give a folder")
+    return Path(os.path.expanduser(value))
 
 
 def _repository(args: argparse.Namespace):
@@ -165,6 +181,25 @@ def _print_export(done) -> None:
         print(f"{done.series}: removed {name}")
     if not done.written and not done.removed:
         print(f"{done.series}: zero difference in {len(done.same)} patches")
+
+
+def _pull_requests(args: argparse.Namespace) -> int:
+    from .pull_requests import author_from_git, write_pull_requests
+
+    repository = _repository(args)
+    author = author_from_git(repository.root)
+    for path in write_pull_requests(repository, args.folder, author):
+        print(f"wrote {path}")
+    if author is None:
+        print("git config has no user.name and user.email: the author is the series' own")
+    return 0
+
+
+def _fingerprint(args: argparse.Namespace) -> int:
+    from .pristine import pristine_fingerprint
+
+    print(pristine_fingerprint(_repository(args), args.module, args.attribute, args.release))
+    return 0
 
 
 def _format(args: argparse.Namespace) -> int:

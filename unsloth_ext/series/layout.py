@@ -95,8 +95,8 @@ def find_repository(root: str | None = None) -> Repository:
     for candidate in candidates:
         if any((candidate / "patches" / name).is_dir() for name in SERIES_OF):
             return Repository(candidate.resolve())
-    where = f"{root} holds" if root else "neither this installation nor the current folder holds"
+    where = f"{root} holds no" if root else "neither this installation nor the current folder holds a"
     raise UsageError(
-        f"{where} no patches/unsloth folder",
+        f"{where} patches/unsloth folder",
         "The patch files live in the repository: clone it and run the command there, or give --root PATH.",
     )

@@ -103,10 +103,15 @@ class MailPatch:
         return self._message[1]
 
     @property
+    def body(self) -> str:
+        """The text between the subject and the trailers."""
+        return self._message[0].partition("\n\n")[2].strip()
+
+    @property
     def description(self) -> str:
-        """The `Description:` trailer, else the text between the subject and the trailers."""
+        """The `Description:` trailer, else the body."""
         given = self.all("Description")
-        return given[0] if given else self._message[0].partition("\n\n")[2].strip()
+        return given[0] if given else self.body
 
     def all(self, key: str) -> list[str]:
         return values(self.trailers, key)

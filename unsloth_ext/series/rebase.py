@@ -15,7 +15,14 @@ from .export import Exported, formatted, write_series
 from .git import git
 from .layout import SERIES_OF, Repository, Series
 from .rehearse import CONFLICT, NOT_FOR, THERE, Outcome, Rehearsal, on_base, rehearsal, try_series
-from .wheels import fetch_wheel, metadata_requirement, release_lock, released_versions, write_atomically
+from .wheels import (
+    checked_version,
+    fetch_wheel,
+    metadata_requirement,
+    release_lock,
+    released_versions,
+    write_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def rebase(
     Patches that upstream has by then leave the series. Raises Refused, with nothing written, when one conflicts or excludes the
     release.
     """
+    release, zoo_version = checked_version(release), zoo_version and checked_version(zoo_version)
     trials, rewritten = [], []
     for name, version in versions_for(repository, release, zoo_version).items():
         series = repository.series(name)
@@ -110,6 +118,7 @@ def new_base(repository: Repository, name: str, version: str) -> Base:
     name = canonicalize_name(name)
     if name not in SERIES_OF:
         raise UsageError(f"no series is named {name}", f"Give one of {', '.join(SERIES_OF)}.")
+    version = checked_version(version)
     series = Series(repository, name)
     listed = (series.folder / "series").is_file() and series.listed
     if listed and series.base.version != version:

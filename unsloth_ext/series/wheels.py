@@ -121,6 +121,7 @@ def _download(package: str, version: str) -> Path:
         done = _pip("download", *options, "--dest", temporary, wanted)
         wheels = sorted(Path(temporary).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
+            _refuse_unknown(package, version)
             raise UnslothExtError(
                 f"pip could not download {wanted}:\n{done.stderr.strip()}",
                 f"Check the network and `pip index versions {package}`.",
@@ -128,6 +129,24 @@ def _download(package: str, version: str) -> Path:
         path = folder / wheels[0].name
         os.replace(wheels[0], path)
     return path
+
+
+def _refuse_unknown(package: str, version: str) -> None:
+    """Raise UsageError if the index can be read and has no such release."""
+    try:
+        known = released_versions(package)
+    except UnslothExtError:
+        return
+    if Version(version) not in map(Version, known):
+        raise UsageError(f"there is no release {version} of {package}; the newest are {', '.join(known[:-6:-1])}")
+
+
+def checked_version(version: str) -> str:
+    """A version that a person typed, in its normal form. Raises UsageError for what is none."""
+    try:
+        return str(Version(version))
+    except InvalidVersion as error:
+        raise UsageError(f"{version!r} is not a version", "Give a release on PyPI, such as 2026.10.9.") from error
 
 
 def metadata_requirement(wheel: Path, name: str) -> str | None:

@@ -58,6 +58,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.resume and args.output is None:
         raise UsageError("--resume needs --output: the folder of the run to continue.")
     data.read_rows(options.dataset)  # a bad line is cheaper to find now than after the imports
+    _require_stack()
     folder = args.output or Path("runs", datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"))
     # Unsloth prints as it loads; with --json that must not mix with the result.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
@@ -65,6 +66,17 @@ def run_train(args: argparse.Namespace) -> int:
     if args.side:
         return 0  # the parent process judges
     return _finish(runs, args.tolerance, folder, args.report, args.json)
+
+
+def _require_stack() -> None:
+    """Ask for the stack without importing it: that takes ten seconds."""
+    from importlib.util import find_spec
+
+    from ..errors import UsageError
+
+    missing = [name for name in ("torch", "unsloth", "unsloth_zoo") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"train needs packages that are not installed: {', '.join(missing)}.", "Run: make setup")
 
 
 def _run(args: argparse.Namespace, options: Options, folder: Path) -> list[dict]:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from . import embedded
+from .job import make_folder
 from .options import EMBEDDED_MODELS, Options
 from .progress import Display
 from .recorder import read_steps
@@ -30,9 +31,9 @@ STOP_SECONDS = 10  # for a side to end after SIGTERM
 
 def run_sides(options: Options, folder: Path, resume: bool) -> list[dict]:
     """Run the sides one after the other and return their runs; a side that crashed comes back with its log instead of a sample."""
+    make_folder(folder)
     if options.model in EMBEDDED_MODELS:
         embedded.ensure_base(options.model)
-    folder.mkdir(parents=True, exist_ok=True)
     for side in SIDES:
         started = (folder / side / "request.json").exists()
         if not (resume and (load_side(folder / side) or {}).get("status") == "finished"):

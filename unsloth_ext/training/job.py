@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,13 +30,12 @@ REQUEST = "request.json"  # what the run in this folder was asked to do
 
 
 def prepare_folder(folder: Path, options: Options, resume: bool) -> Path | None:
-    """Make `folder` ready and return the checkpoint to continue from. Raises Refused rather than mix two runs in one folder."""
+    """Make `folder` and return the checkpoint to continue from. Raises Refused rather than mix two runs in one folder."""
     request = folder / REQUEST
     if not resume:
         if request.exists():
             refuse(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(request, options.as_dict())
+        make_folder(folder)
         return None
     if not request.is_file():
         raise UsageError(f"--resume: there is no run in {folder}.", "Leave --resume out to start one.")
@@ -51,6 +49,15 @@ def prepare_folder(folder: Path, options: Options, resume: bool) -> Path | None:
     return newest_checkpoint(folder)
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {folder} cannot be used as a folder: {error.strerror}.", "Give a new or an empty folder."
+        ) from error
+
+
 def refuse(folder: Path) -> NoReturn:
     raise Refused(
         f"--output {folder} already holds a run.", "Choose another folder, or add --resume to continue that run."
@@ -62,6 +69,8 @@ def run_job(options: Options, folder: Path, resume: bool = False, label: str = "
     rows = data.read_rows(options.dataset)
     checkpoint = prepare_folder(folder, options, resume)
     base = str(embedded.ensure_base(options.model)) if options.model in EMBEDDED_MODELS else options.model
+    if not resume:
+        write_json(folder / REQUEST, options.as_dict())  # after the base: a build that failed is no run to protect
     run: dict = {
         "format": 1,
         "side": label,
@@ -147,7 +156,7 @@ def _run(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             recorder.close()
-            run["patches"] = patch_states(unsloth_ext.status())
+            run["patches"] = [row.as_dict() for row in unsloth_ext.status()]
     seconds["train"] = time.perf_counter() - clock
     run["summary"] = {
         "memory": "torch.cuda.max_memory_allocated" if cuda else "peak RSS of the process",
@@ -300,9 +309,3 @@ def model_facts(model, tokenizer, rows: int) -> dict:
 def _numel(parameter) -> int:
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
-
-
-def patch_states(table) -> list[dict]:
-    """`unsloth_ext.status()` as JSON."""
-    names = ("id", "challenge", "state", "reason", "summary")
-    return [asdict(row) if is_dataclass(row) else {name: str(getattr(row, name)) for name in names} for row in table]

@@ -119,7 +119,7 @@ class Options:
 
 
 def flag(name: str) -> str:
-    return {"load_in_4bit": "--load-in-4bit"}.get(name, "--" + name.replace("_", "-"))
+    return "--" + name.replace("_", "-")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
