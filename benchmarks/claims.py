@@ -6,7 +6,6 @@ import record
 from rich.console import Console
 from rich.table import Table
 
-
 # What must be among them, so that a deleted file is not a claim less.
 EXPECTED = (
     "foundation.import_ms",
