@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed: make setup")
 
+# What can be imported without a GPU.
 TARGETS = "unsloth_zoo.fused_losses.cross_entropy_loss", "unsloth_zoo.cpu.loader", "unsloth.chat_templates"
 IMPORT_TARGETS = f"import importlib\nfor name in {TARGETS!r}: importlib.import_module(name)\n"
 
@@ -35,10 +36,10 @@ def difference(a, b):
 
 def test_imported_after_unsloth_then_off_and_on_ten_times(python):
     done = python(
-        "import unsloth\n" + IMPORT_TARGETS + SNAPSHOT + "pristine = snapshot()\n"
+        f"import unsloth; TARGETS = {TARGETS!r}\n" + IMPORT_TARGETS + SNAPSHOT + "pristine = snapshot()\n"
         "from unsloth.chat_templates import llama31_template\n"
         "import unsloth_ext\n"
-        "assert {row.state for row in unsloth_ext.status()} == {'applied'}, unsloth_ext.status()\n"
+        "assert {row.state for row in unsloth_ext.status() if row.target.startswith(TARGETS)} == {'applied'}, unsloth_ext.status()\n"
         "changed = difference(pristine, snapshot())\n"
         "assert len(changed) >= 9, changed\n"
         "for _ in range(10):\n"
@@ -62,6 +63,7 @@ def test_disabled_by_the_environment_nothing_differs_from_pristine(python):
         "assert set(seen) == set(TARGETS)\n"
         "for patch in unsloth_ext.patches():\n"
         "    (target,) = patch.targets\n"
+        "    if target.module not in TARGETS: continue\n"
         "    module = sys.modules[target.module]\n"
         "    head = target.attribute.partition('.')[0]\n"
         "    assert vars(module)[head] is seen[target.module][head]\n"
@@ -82,7 +84,8 @@ def test_imported_before_unsloth_says_one_line_and_wraps_the_loader(python):
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("unsloth_ext")]
     assert len(lines) == 1 and "on Unsloth 2026.10.9, patches: " in lines[0] and "tools.cpu_pad_token" in lines[0]
-    assert {row["state"] for row in json.loads(done.stdout.splitlines()[-1])} == {"applied"}
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {row["state"] for row in rows if row["target"].startswith(TARGETS)} == {"applied"}
 
 
 @pytest.fixture
