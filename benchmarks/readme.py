@@ -86,7 +86,34 @@ def unread_keywords() -> str:
     )
 
 
-PARTS = {part.__name__: part for part in (patches, releases, claims, unread_keywords)}
+def nf4_dequantize() -> str:
+    found = [b for b in record.load() if b["benchmark"] == "nf4_dequantize"]
+    if not found:
+        return "Not measured yet.\n"
+    facts, rows = found[0]["environment"], found[0]["rows"]
+    names = ("Unsloth's bitsandbytes path", "Unsloth's kernel", "unsloth_ext", "device copy")
+    shown = [r for r in rows if "shape" in r and "dtype" in r]
+    lines = [
+        (f"{r['shape'][0]} x {r['shape'][1]} {r['dtype']}", *(f"{r[n]['p50']:.2f}" for n in names),
+         f"{r[names[1]]['p50'] / r[names[2]]['p50']:.2f}x")
+        for r in shown
+    ]  # fmt: skip
+    head = (
+        "weight",
+        "bitsandbytes path",
+        "today's kernel",
+        "this kernel",
+        "device copy of the same bytes",
+        "against today's",
+    )
+    return table(head, lines) + (
+        f"\n{facts['card']}, torch {facts['torch']}, Triton {facts['triton']}, bitsandbytes {facts['bitsandbytes']}, Unsloth "
+        f"{facts['unsloth']}. Microseconds of GPU time a launch, p50 of CUDA graph replays over rotating buffers of more than 200 MB, "
+        "the contestants in turn.\n"
+    )
+
+
+PARTS = {part.__name__: part for part in (patches, releases, claims, unread_keywords, nf4_dequantize)}
 
 
 def main() -> int:

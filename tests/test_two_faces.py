@@ -33,6 +33,16 @@ def patched(tmp_path_factory):
 
 def outcomes(folder, files, *options, path=()):
     """{test id: passed, skipped or failed} of pytest over `files`, in a fresh process that imports Unsloth from `path` first."""
+    found = {}
+    for alone in (False, True):  # files that import the GPU modules on a CPU need a process of their own
+        these = [file for file in files if ("UNSLOTH_ALLOW_CPU" in file.read_text()) is alone]
+        if these:
+            found |= _outcomes(folder / ("gpu_modules" if alone else "cpu"), these, options, path)
+    return found
+
+
+def _outcomes(folder, files, options, path):
+    folder.mkdir()
     report = folder / "report.xml"
     for file in files:  # side by side under pytest's root, which names the cases after their files
         shutil.copy(file, folder / file.name)
@@ -115,7 +125,8 @@ def test_on_the_patched_tree_the_run_time_face_steps_aside(patched):
     from unsloth_ext.patching.survey import survey
 
     rows = survey(unsloth_ext.patches(), {package: patched / package for package in UPSTREAM.values()})
-    assert {(row.id, row.state) for row in rows} == {(row.id, "superseded") for row in rows}
+    # nf4.dequantize replaces another function than its git patch changes: with both in, the same kernel runs.
+    assert {row.id: row.state for row in rows if row.state != "superseded"} == {"nf4.dequantize": "applied"}
 
 
 def test_every_run_time_patch_has_its_git_patch():

@@ -24,7 +24,7 @@ from .version import __version__
 __all__ = ["PatchError", "PatchStatus", "StatusTable", "__version__", "disable", "enable", "patches", "status"]
 
 # Folders with a `patch.py` that declares PATCHES, in the order in which they are applied.
-ROOMS = ("loss", "tools")
+ROOMS = ("loss", "tools", "nf4")
 
 _YES = ("1", "true", "yes", "on")
 
