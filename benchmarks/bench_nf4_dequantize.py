@@ -246,7 +246,7 @@ def pair_rows(calls):
     return rows
 
 
-def challenge_rows(calls, rounds=1000, repeats=3):
+def challenge_rows(calls, rounds=1000, repeats=7):
     """Unsloth's challenge: correct against the module, against fast_dequantize and against peft, then timed."""
     from bitsandbytes.nn import Linear4bit
     from peft.utils.integrations import dequantize_module_weight

@@ -26,7 +26,7 @@ from .quant_state import NF4State, check, offset_on, read
 
 __all__ = ["dequantize", "forget", "plans", "run", "traced"]
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _is_dynamo_compiling = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 _PIECE = 1 << 15  # elements compared at first use
 
 _lock = threading.Lock()
@@ -52,13 +52,13 @@ def dequantize(packed: torch.Tensor, quant_state, *, out: torch.Tensor | None = 
 
     The format is that of QLoRA (arXiv 2305.14314); the method is described in `kernel.py`.
     """
-    if _is_compiling():
+    if _is_dynamo_compiling():  # half the time of is_compiling(), whose other cases a plan declines
         return traced(packed, quant_state, out, dtype)
     if out is None and dtype is None:
         plan = _plan_of(id(quant_state))
         if plan is not None and (result := plan(packed, quant_state, None)) is not None:
             return result
-    if torch._C._len_torch_dispatch_stack():  # fake tensors and other modes must see an operator
+    if _is_compiling() or torch._C._len_torch_dispatch_stack():  # fake tensors and other modes must see an operator
         return traced(packed, quant_state, out, dtype)
     state = read(quant_state)
     dtype = state.dtype if dtype is None else dtype
@@ -213,10 +213,10 @@ def _remember(quant_state, state: NF4State, packed, variant, go) -> None:
         own = weakref.ref(quant_state, lambda _, plans=plans: plans.pop(key, None))
     except TypeError:
         return
-    plans[key] = _plan(own, quant_state.state2, state, type(packed), packed.dtype, packed.numel(), variant, go)
+    plans[key] = _plan(own, quant_state.state2, state, packed, variant, go)
 
 
-def _plan(own, state2, state: NF4State, kind, packed_dtype, packed_numel, variant, go):
+def _plan(own, state2, state: NF4State, first_packed, variant, go):
     """call(packed, quant_state, out or None) -> the result, or None where something is not as it was.
 
     The weight's own address is read afresh, so it may move; a scale that moves needs a new plan. absmax is held weakly: a plan
@@ -225,6 +225,12 @@ def _plan(own, state2, state: NF4State, kind, packed_dtype, packed_numel, varian
     from . import launch
 
     index, dtype, shape = variant.device_index, state.dtype, state.shape
+    kind, packed_dtype, packed_shape = type(first_packed), first_packed.dtype, first_packed.shape
+    first, first_at, turned_shape = (
+        weakref.ref(first_packed),
+        first_packed.data_ptr(),
+        packed_shape[::-1],
+    )  # a backward's
     blocksize, blocksize2 = state.blocksize, state.blocksize2
     enter, leave = launch.hooks()
     n = shape.numel() if isinstance(shape, torch.Size) else torch.Size(shape).numel()
@@ -249,12 +255,18 @@ def _plan(own, state2, state: NF4State, kind, packed_dtype, packed_numel, varian
             or (absmax := absmax_ref()) is None
             or quant_state.absmax is not absmax
             or absmax.data_ptr() != absmax_at
-            or not (packed_at := packed.data_ptr())
-            or packed_at & misaligned
-            or packed.get_device() != index
-            or packed.dtype is not packed_dtype
-            or packed.numel() != packed_numel
-            or not packed.is_contiguous()
+            or ((given := packed.shape) != packed_shape and given != turned_shape)
+            # The tensor of before where it was before has also its device, layout and alignment; else they are asked for.
+            or (
+                ((packed_at := packed.data_ptr()) != first_at or first() is not packed)
+                and (
+                    not packed_at
+                    or packed_at & misaligned
+                    or packed.get_device() != index
+                    or packed.dtype is not packed_dtype
+                    or not packed.is_contiguous()
+                )
+            )
             or (several and current_device() != index)
             or enter.calls
             or leave.calls
@@ -273,11 +285,11 @@ def _plan(own, state2, state: NF4State, kind, packed_dtype, packed_numel, varian
             return None
         if out is None:
             out = empty()
-        out_at = out.data_ptr()
-        if out_at & 15:
+            out_at = out.data_ptr()
+        elif (out_at := out.data_ptr()) & 15:
             return None
         go(grid, raw_stream(index), packed_at, absmax_at, code2_at, absmax2_at, offset_at, code, out_at, n)
-        return out.t() if len(packed) == 1 else out
+        return out.t() if given[0] == 1 else out
 
     if kind is torch.Tensor:
         return call

@@ -45,7 +45,8 @@ def _replacement(module, original):
     )
     plans, run, traced = dequantization.plans, dequantization.run, dequantization.traced
     is_compiling, storages = torch.compiler.is_compiling, (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-    scratch_views = {}  # (device index, shape, dtype) -> (Unsloth's buffer, a view of it): making views costs a microsecond
+    scratch_views = {}  # (device index, shape, dtype) -> (a shared buffer, a view of it): making views costs a microsecond
+    buffers = {}  # before 2026.10.1: device index -> a buffer of our own. Unsloth's comes in a pair that only it may make
 
     def ours(W, quant_state) -> bool:
         return (
@@ -63,7 +64,7 @@ def _replacement(module, original):
         return least <= math.prod(state.shape) and (most is None or math.prod(state.shape) <= most)
 
     def scratch(W, shape, dtype):
-        """Unsloth's shared buffer as a tensor of the weight's shape, or None where it would not use it."""
+        """The shared buffer as a tensor of the weight's shape, or None where Unsloth would not use it."""
         index = W.get_device()
         key, since_2026_10 = (index, shape, dtype), hasattr(module, "_can_use_scratch")
         if since_2026_10:
@@ -71,7 +72,7 @@ def _replacement(module, original):
                 return None
             buffer = module._SCRATCH.get(("weight", index))
         else:
-            buffer = module.WEIGHT_BUFFERS[index]
+            buffer = buffers.get(index)
         known = scratch_views.get(key)
         if known is not None and known[0] is buffer:
             return known[1]
@@ -80,9 +81,8 @@ def _replacement(module, original):
             module._scratch("weight", W.device, n, dtype)  # makes it, or makes it larger
             buffer = module._SCRATCH[("weight", index)]
         elif buffer is None or buffer.dtype != dtype or buffer.numel() < n:
-            # A new one: Unsloth resizes its own, which an inference tensor refuses outside of inference mode.
-            with torch.inference_mode(False):
-                buffer = module.WEIGHT_BUFFERS[index] = torch.empty(n, dtype=dtype, device=W.device)
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside
+                buffer = buffers[index] = torch.empty(n, dtype=dtype, device=W.device)
         known = scratch_views[key] = (buffer, buffer[:n].view(shape))
         return known[1]
 

@@ -43,7 +43,7 @@ TABLES: dict[tuple[int, int], Table] = {
     (9, 0): Table(
         "H200, sweep_nf4_launch.py in bfloat16 and float32",
         (
-            (1 << 23, Shape(units=2, warps=8, overlap=True, ahead=2048)),
+            (1 << 20, Shape(units=2, warps=8, overlap=True, ahead=2048)),
             (40 << 20, Shape(units=4, warps=8, overlap=True, ahead=4096)),
             (150 << 20, Shape(units=2, warps=8, overlap=True, ahead=2048, room=36800)),
             (None, Shape(units=4, warps=8, overlap=True, ahead=4096, room=36800)),
