@@ -49,9 +49,9 @@ def releases() -> str:
     names = list(dict.fromkeys(row["id"] for row in matrix["rows"]))
     outcome = {(row["release"], row["id"]): row["result"] for row in matrix["rows"]}
     found = list(dict.fromkeys(row["release"] for row in matrix["rows"]))
-    return table(
-        ("Unsloth", *(f"`{n}`" for n in names)), [(r, *(outcome.get((r, n), "") for n in names)) for r in found]
-    )
+    short = {"not for this release": "–"}
+    rows = [(f"`{n}`", *(short.get(what := outcome.get((r, n), ""), what) for r in found)) for n in names]
+    return table(("patch", *found), rows)
 
 
 def claims() -> str:

@@ -19,7 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-WITHOUT_DEPENDENCIES = ("unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "cut_cross_entropy==25.1.1")
+# llama-models is what the tests of tool calling compare with: Meta's tokenizer and formats, under its community licence.
+WITHOUT_DEPENDENCIES = (
+    "unsloth==2026.10.9",
+    "unsloth_zoo==2026.10.9",
+    "cut_cross_entropy==25.1.1",
+    "llama-models==0.3.0",
+)
 
 
 def pip(*arguments: str) -> str:

@@ -48,10 +48,9 @@ def test_imported_after_unsloth_then_off_and_on_ten_times(python):
         "    unsloth_ext.enable()\n"
         "    assert difference(pristine, snapshot()) == changed\n"
     )
-    assert (
-        "on Unsloth 2026.10.9, patches: 3 applied (loss.unread_keywords, tools.cpu_pad_token, tools.empty_tool_calls)"
-        in done.stderr
-    )
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("unsloth_ext "))
+    assert "on Unsloth 2026.10.9, patches: " in line and " failed" not in line and " skipped" not in line
+    assert " applied (loss.unread_keywords, tools.* (" in line, line
 
 
 def test_disabled_by_the_environment_nothing_differs_from_pristine(python):

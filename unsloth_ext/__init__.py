@@ -79,12 +79,22 @@ def _say(line: str, *, always: bool = False) -> None:
             print(f"unsloth_ext {__version__}: {line}", file=sys.stderr)
 
 
+def _by_room(ids: list[str]) -> list[str]:
+    """One entry for each patch of a room with up to two, else one for the room: "tools.* (11)"."""
+    found = []
+    for room in dict.fromkeys(id.partition(".")[0] for id in ids):
+        here = [id for id in ids if id.partition(".")[0] == room]
+        found += here if len(here) <= 2 else [f"{room}.* ({len(here)})"]
+    return found
+
+
 def _summary() -> None:
     rows = status()
     parts = []
     for state in ("applied", "pending", "failed"):
         if named := [row.id for row in rows if row.state == state]:
-            parts.append(f"{len(named)} {state} ({', '.join(named)})")
+            listed = ", ".join(named if state == "failed" else _by_room(named))
+            parts.append(f"{len(named)} {state} ({listed})")
     for state in ("superseded", "skipped", "disabled"):
         if count := sum(row.state == state for row in rows):
             parts.append(f"{count} {state}")

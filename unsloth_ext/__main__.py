@@ -62,6 +62,7 @@ def _import_targets() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from .series.cli import add_parser as add_series
+    from .tools.cli import add_parser as add_tools
     from .training.cli import add_parsers as add_training
 
     parser = argparse.ArgumentParser(
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(handler=_status)
     add_training(commands)
     add_series(commands)
+    add_tools(commands)
     return parser
 
 

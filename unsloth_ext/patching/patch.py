@@ -113,6 +113,7 @@ class Patch:
     relies_on: definitions that the replacement calls or whose behaviour it takes for granted, with their fingerprints. The
         patch is skipped where one of them is another.
     superseded: (specifiers, reason) pairs: releases that do it as well or better, with what was measured.
+    run_time_only: why the change has no git patch. Empty for all that have one.
     """
 
     id: str
@@ -123,6 +124,7 @@ class Patch:
     changes: Callable[[Any, Target], Iterable[Change]] | None = None
     relies_on: tuple[Target, ...] = ()
     superseded: tuple[tuple[str, str], ...] = ()
+    run_time_only: str = ""
 
     def __post_init__(self):
         if not self.targets:

@@ -58,11 +58,13 @@ def test_a_row_of_an_arrow_table(render):
 
 
 def test_a_real_call_is_unchanged(render):
-    assert render(CALL).endswith(
+    head, _, tail = render(CALL).partition("<|start_header_id|>ipython<|end_header_id|>\n\n")
+    assert head.endswith(
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
         '{"name": "get_weather", "parameters": {"city": "Bern"}}<|eot_id|>'
-        '<|start_header_id|>ipython<|end_header_id|>\n\n"sunny"<|eot_id|>'
-        "<|start_header_id|>assistant<|end_header_id|>\n\nIt is sunny.<|eot_id|>"
+    )
+    assert tail.endswith(
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt is sunny.<|eot_id|>"
     )
 
 
