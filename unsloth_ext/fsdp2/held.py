@@ -1,0 +1,73 @@
+"""What a rank holds of a sharded model: bytes by kind, and the packed shards as tensors that can be saved."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from .nf4_parameter import NF4Shard
+from .row_shard import RowShard
+
+__all__ = ["bytes_held", "packed_state"]
+
+
+def bytes_held(model: nn.Module) -> dict[str, int]:
+    """{"packed", "quant_state", "frozen", "trainable"}: bytes of this rank's parameters, from `load` or `shard`, by storage.
+
+    quant_state: absmax, absmax2 and offset; the codebooks, which all weights share, are not counted. Weights that happen to be
+    gathered count as what they are then: whole, under "packed" and "quant_state".
+    """
+    held, seen = dict.fromkeys(("packed", "quant_state", "frozen", "trainable"), 0), set()
+
+    def add(kind, *tensors):
+        for tensor in tensors:
+            if tensor is not None and (at := tensor.untyped_storage().data_ptr()) not in seen:
+                seen.add(at)
+                held[kind] += tensor.untyped_storage().nbytes()
+
+    for parameter in model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if isinstance(local, NF4Shard):
+            fields = local.fields
+            add("packed", fields.packed)
+            add("quant_state", fields.absmax, fields.absmax2, fields.offset)
+        elif (state := getattr(local, "quant_state", None)) is not None:
+            add("packed", local)
+            add("quant_state", state.absmax, state.state2.absmax if state.nested else None, state.offset)
+        else:
+            local = local.rows if isinstance(local, RowShard) else local
+            add("trainable" if parameter.requires_grad else "frozen", local)
+    return held
+
+
+def packed_state(model: nn.Module) -> dict[str, DTensor]:
+    """{weight, weight.absmax, weight.nested_absmax: DTensor} of all sharded 4-bit weights, for torch.distributed.checkpoint.
+
+    Sharded by groups (see reference.py): uint8 [groups, packed bytes a group], uint8 or float32 [groups, blocks a group] and
+    float32 [groups]. The sizes do not depend on the number of ranks, so what N ranks saved M can load. The tensors are this
+    rank's own memory: torch.distributed.checkpoint.load into them loads the model.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor) or not isinstance(shard := parameter.to_local(), NF4Shard):
+            continue
+        cut, fields = shard.cut, shard.fields
+        start, stop = cut.real(shard.rank)
+        sizes = {"": (fields.packed, cut.group_bytes), ".absmax": (fields.absmax, cut.group_blocks)}
+        if cut.blocksize2:
+            sizes[".nested_absmax"] = (fields.absmax2, None)
+        for ending, (tensor, width) in sizes.items():
+            rows = tensor.view(-1) if width is None else tensor.view(-1, width)
+            shape = torch.Size((cut.groups, *rows.shape[1:]))
+            state[name + ending] = DTensor.from_local(
+                rows[: stop - start], parameter.device_mesh, [*[_replicated()] * (parameter.device_mesh.ndim - 1), Shard(0)],
+                run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride(),
+            )  # fmt: skip
+    return state
+
+
+def _replicated():
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()

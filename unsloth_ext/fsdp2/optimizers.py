@@ -1,0 +1,61 @@
+"""bitsandbytes' optimizers on what a rank owns.
+
+Their kernels read raw memory, and a sharded parameter is a DTensor, which has none of its own. `on_local_shards` gives the
+optimizer plain parameters that are this rank's memory, and hands it the gradients just before each step. An 8-bit state is
+quantised in blocks that begin with the shard, so its blocks differ from those on one device, as in any sharded run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["on_local_shards"]
+
+
+def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make a new optimizer over DTensor parameters step on this rank's parts of them, in place. Before its first step.
+
+    Clip gradients on the model's own parameters, as ever; `zero_grad` clears those. A rank whose part of a parameter is empty
+    leaves it out. Raises ValueError if the optimizer has state already.
+    """
+    if optimizer.state:
+        raise ValueError("on_local_shards must be called before the optimizer's first step: it has state already")
+    pairs: list[tuple[torch.Tensor, nn.Parameter]] = []
+    sharded: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        local = []
+        for parameter in group["params"]:
+            if not isinstance(parameter, DTensor):
+                local.append(parameter)
+                continue
+            sharded.append(parameter)
+            part = parameter.to_local().detach()
+            if part.numel():
+                local.append(nn.Parameter(part, requires_grad=True))
+                pairs.append((parameter, local[-1]))
+        group["params"] = local
+
+    def hand_over(*_):
+        for parameter, part in pairs:
+            part.grad = None if parameter.grad is None else parameter.grad.to_local()
+
+    def take_back(*_):
+        for _, part in pairs:
+            part.grad = None
+
+    clear = optimizer.zero_grad
+
+    def zero_grad(set_to_none: bool = True):
+        clear(set_to_none=set_to_none)
+        for parameter in sharded:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    optimizer.zero_grad = zero_grad
+    optimizer.register_step_pre_hook(hand_over)
+    optimizer.register_step_post_hook(take_back)
+    return optimizer

@@ -1,0 +1,285 @@
+"""`shard(model)`: fully sharded QLoRA on torch's FSDP2, with its public interface only.
+
+Each decoder layer is a unit: gathered before its forward, freed after it, gathered again for its backward. The input embedding
+and the output head are units of their own, so that they are not gathered while layers run. What is left, such as the last norm, is
+small: frozen, it stays whole on each rank; trainable, it is sharded with the root. A head tied to the embedding is one parameter
+with two users and belongs to the root, gathered for the whole step.
+
+What this closes of the gaps in Unsloth 2026.10.9's own FSDP2 (`UNSLOTH_FSDP2=1`; `models/fsdp2_native.py`, `fsdp2_load.py`):
+
+* a 4-bit model is loaded in slices (`load`); there a sharded load is 16-bit only, and each rank first holds the whole model
+* absmax is sharded and gathered with the packed bytes; there every rank keeps all of it, 1/32 of a weight's bytes
+* embedding and head are gathered while they run; there they belong to the root and stay for the whole step
+* `generate` works before the first forward; there the next forward raises "already been lazily initialized"
+* packed bytes are never of a floating dtype, so no copy can rewrite their NaN bit patterns (bitsandbytes #1945)
+* nothing private of torch's FSDP2 is patched, and releases of Unsloth without FSDP2 are served alike, or none at all
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from ..errors import Refused, UsageError
+from .nf4_parameter import NF4Shard
+from .processes import agree, default_mesh, device_of, meet, position
+from .row_shard import RowShard
+
+__all__ = ["accumulate", "gathered", "shard", "units_of"]
+
+_SMALL = 1 << 20  # bytes of frozen parameters outside the units that are not worth a gather
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+    mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
+    residency: int | str = 0,
+    timeout: datetime.timedelta | None = None,
+) -> nn.Module:
+    """Shard a transformers (and peft) model in place, 4-bit weights included, and return it. Called by every rank, once.
+
+    model: from `load`, or any 4-bit model that is whole on each rank: then its `Params4bit` are cut and the rest is freed. With
+        its adapters: parameters added later would not be sharded. Make the optimizer afterwards.
+    mesh: one dimension, or two for replicas of shards (HSDP); all processes if None.
+    reshard_after_forward: False keeps every unit gathered between its forward and its backward.
+    cpu_offload: parameters, gradients and optimizer state live in host memory; units are gathered on the card. Needs gloo beside
+        NCCL: `init_process_group("cpu:gloo,cuda:nccl")`.
+    mixed_precision: a dtype that parameters which are not NF4 are gathered in (gradients are reduced in float32), or a policy. If
+        None each parameter computes in its own dtype, as on one device.
+    residency: bytes of gathered units that a rank may keep from forward to backward and over the micro-batches of an
+        accumulated step (see `accumulate`); "all" for no limit.
+    timeout: how long to wait for the other ranks before sharding (10 minutes).
+
+    Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
+    ranks disagree or one is missing. Nothing has been changed then, unless memory ran out.
+    """
+    mesh = default_mesh() if mesh is None else mesh
+    meet("sharding the model", timeout)
+    device, (rank, world) = device_of(mesh), position(mesh)
+    policy = mixed_precision
+    if not isinstance(policy, MixedPrecisionPolicy):
+        policy = MixedPrecisionPolicy(param_dtype=policy, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    error = None
+    try:
+        if not isinstance(reshard_after_forward, bool):
+            raise UsageError(f"reshard_after_forward must be True or False, got {reshard_after_forward!r}")
+        if residency != "all" and (not isinstance(residency, int) or residency < 0):
+            raise UsageError(f"residency must be a number of bytes or 'all', got {residency!r}")
+        if cpu_offload and "gloo" not in dist.get_backend_config():
+            raise UsageError(
+                f"cpu_offload reduces on the host, for which the backend {dist.get_backend_config()!r} has nothing",
+                'Start with torch.distributed.init_process_group("cpu:gloo,cuda:nccl").',
+            )
+        _check(model, world)
+        layers, ends = units_of(model)
+        root_parameters, kept_whole = _outside(model, [*layers, *ends])
+    except Exception as problem:
+        error = problem
+    agree(error, "sharding the model")
+
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+    options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward)
+    for parameter in kept_whole:
+        parameter.data = parameter.data.to(device=device, dtype=policy.param_dtype or parameter.dtype)
+    # A unit is cut before the next is touched: a model that is whole on the card gives its memory back layer by layer.
+    for unit in [*layers, *ends]:
+        cut_4bit(unit, rank, world, device)
+        fully_shard(unit, **options, ignored_params=kept_whole)
+    cut_4bit(model, rank, world, device)
+    _move_rest(model, device)
+    fully_shard(model, **options, ignored_params=kept_whole)
+    _prefetch(layers)
+    _keep_resident(model, layers, residency)
+    _initialise(model)
+    if root_parameters and hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by
+    return model
+
+
+def units_of(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(decoder layers, [embedding, head]) of a transformers model, peft or not; the second without what is tied or missing.
+
+    Layers are the modules of the classes that the model declares in `_no_split_modules`, else the members of its outermost
+    lists of blocks. Raises `UsageError` if there are none.
+    """
+    declared = {name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())}
+    layers = [m for m in model.modules() if type(m).__name__ in declared and any(True for _ in m.parameters())]
+    if not layers:
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) > 1 and all(any(m.children()) for m in module):
+                layers = list(module)
+                break
+    if not layers:
+        raise UsageError(f"no decoder layers were found in {type(model).__name__}")
+    within = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer}
+    layers = [layer for layer in layers if id(layer) not in within]
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    ends = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        if isinstance(module, nn.Module) and id(module) not in inside and any(True for _ in module.parameters()):
+            ends.append(module)
+    weights = [{id(p) for p in module.parameters()} for module in ends]
+    if len(ends) == 2 and weights[0] & weights[1]:
+        ends = []
+    return layers, ends
+
+
+def _check(model: nn.Module, world: int) -> None:
+    if sharded := [name or type(model).__name__ for name, m in model.named_modules() if isinstance(m, FSDPModule)]:
+        raise Refused(
+            f"the model is sharded by FSDP2 already ({sharded[0]})",
+            "Where Unsloth or accelerate shards the model itself (UNSLOTH_FSDP2, an FSDP accelerate config), turn one of them off.",
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, (NF4Shard, RowShard)):
+            cut_for = parameter.cut.world if isinstance(parameter, NF4Shard) else parameter.world
+            if cut_for != world:
+                raise UsageError(f"{name} was loaded for {cut_for} ranks and cannot be sharded over {world}")
+        elif parameter.is_meta:
+            raise UsageError(f"{name} is on the meta device: it has not been loaded")
+        elif isinstance(parameter, Params4bit):
+            state = parameter.quant_state
+            if state is None:
+                raise UsageError(
+                    f"{name} is a 4-bit weight that has not been quantised yet", "Move the model to its device."
+                )
+            if state.quant_type != "nf4":
+                raise UsageError(f"{name} is quantised as {state.quant_type}; only nf4 can be sharded")
+        elif not parameter.is_floating_point():
+            raise UsageError(
+                f"{name} is {parameter.dtype} ({type(parameter).__name__}); only NF4 and floating dtypes can be sharded"
+            )
+
+
+def _outside(model: nn.Module, units: Iterable[nn.Module]) -> tuple[list[nn.Parameter], set[nn.Parameter]]:
+    """(parameters for the root to shard, small frozen ones that stay whole) of those that no unit has."""
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    left = [p for p in model.parameters() if id(p) not in inside]
+    plain = [p for p in left if not p.requires_grad and not isinstance(p, (NF4Shard, RowShard, Params4bit))]
+    small = set(plain) if sum(p.numel() * p.itemsize for p in plain) <= _SMALL else set()
+    return [p for p in left if p not in small], small
+
+
+def cut_4bit(module: nn.Module, rank: int, world: int, device: torch.device) -> None:
+    """Replace each whole 4-bit weight by this rank's part, and drop the references to the whole."""
+    known: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if isinstance(parameter, Params4bit):
+                if id(parameter) not in known:
+                    part = NF4Shard.of_whole(parameter, parameter.quant_state, rank, world).to(device)
+                    known[id(parameter)] = nn.Parameter(part, requires_grad=False)
+                owner._parameters[name] = known[id(parameter)]
+        if isinstance(owner, Linear4bit):
+            owner.quant_state = None
+            # bitsandbytes would swap the gathered bytes for another layout when it evaluates on such a CPU.
+            owner.support_avx512bf16_for_cpu = False
+
+
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
+    """Ask for the next layer's gather when a layer begins: it runs beside the layer, at the price of one more gathered layer."""
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+
+
+def gathered_bytes(unit: nn.Module) -> int:
+    """Bytes of a sharded unit's parameters when they are gathered."""
+    total = 0
+    for parameter in unit.parameters():
+        local = getattr(parameter, "_local_tensor", parameter)
+        if isinstance(local, NF4Shard):
+            total += local.bytes_held() * local.cut.world
+        else:
+            total += parameter.numel() * parameter.itemsize
+    return total
+
+
+def _keep_resident(model: nn.Module, layers: list[nn.Module], residency: int | str) -> None:
+    left = float("inf") if residency == "all" else residency
+    resident = []
+    for layer in reversed(layers):  # the last is gathered for the shortest time
+        if (needed := gathered_bytes(layer)) > left:
+            break
+        left -= needed
+        layer.set_reshard_after_forward(False, recurse=False)
+        resident.append(layer)
+    model._unsloth_ext_resident = tuple(resident)
+
+
+def _initialise(model: nn.Module) -> None:
+    """Let FSDP2 settle who the root is, by a forward of nothing through the root's hooks.
+
+    It otherwise does so at the first forward, and takes the first module that runs for the root. If that is not the outermost one
+    (generate of a peft model, say), the next forward of the outermost raises "already been lazily initialized".
+    """
+    name = "_unsloth_ext_begin"
+    setattr(model, name, lambda: None)
+    register_fsdp_forward_method(model, name)
+    with torch.no_grad():
+        getattr(model, name)()
+    delattr(model, name)
+    model.reshard()
+
+
+def accumulate(model: nn.Module, last: bool) -> None:
+    """Say before each micro-batch whether it is the last of its step.
+
+    Before the last one gradients stay on each rank, unreduced, and the units within `residency` stay gathered after their
+    backward: they are gathered once a step.
+    """
+    if not isinstance(model, FSDPModule):
+        raise UsageError("accumulate needs the model that shard() returned")
+    model.set_requires_gradient_sync(last)
+    for layer in model._unsloth_ext_resident:
+        layer.set_reshard_after_backward(last, recurse=False)
+
+
+@contextlib.contextmanager
+def gathered(*modules: nn.Module):
+    """Within it the parameters of these units are whole, for code that reads them without a forward. A collective.
+
+    A unit is a decoder layer, an untied embedding or head, or the model itself, which has what belongs to no other unit. Raises
+    `UsageError` for another module with sharded parameters.
+    """
+    for module in modules:
+        if not isinstance(module, FSDPModule) and any(isinstance(p, DTensor) for p in module.parameters()):
+            raise UsageError(f"{type(module).__name__} is no unit of its own", "Pass its decoder layer, or the model.")
+    opened = []
+    try:
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                opened.append(module)
+        yield
+    finally:
+        for module in opened:
+            module.reshard()
