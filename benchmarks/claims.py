@@ -12,6 +12,22 @@ EXPECTED = (
     "foundation.train_compare.max_loss_difference",
     "loss.unread_keywords.frozen.peak_vs_with_keyword",
     "loss.unread_keywords.frozen.time_vs_with_keyword",
+    *(
+        f"nf4.dequantize.{name}"
+        for name in (
+            "protocol_vs_2025",
+            "min_vs_2025",
+            "vs_2026_10_upto_4m",
+            "vs_2026_10_16m",
+            "vs_2026_10_58m",
+            "vs_2026_10_235m",
+            "min_vs_2026_10",
+            "protocol_vs_2026_10",
+            "bandwidth_share_58m",
+            "eager_us",
+        )
+    ),
+    "nf4.step_8b.dequantize_ms",
 )
 
 

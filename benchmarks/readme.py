@@ -27,15 +27,18 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 def patches() -> str:
     import unsloth_ext
+    from unsloth_ext.patching.release import folder_of
     from unsloth_ext.patching.survey import survey
     from unsloth_ext.series.base import pristine_tree
 
     def states(releases):
         folders = {package: pristine_tree(package, release) / package for package, release in releases.items()}
-        return survey(unsloth_ext.patches(), folders)
+        # The TRL of the tested stack; the older release's own (up to 0.24) is none that a patch is for.
+        return survey(unsloth_ext.patches(), folders | ({"trl": folder_of("trl")} if releases is PINNED else {}))
 
     def cell(row):
-        return row.state if row.state == "applied" else f"{row.state}: {row.reason}"
+        reason = "for a later TRL" if row.reason == "trl is not installed" else row.reason
+        return row.state if row.state == "applied" else f"{row.state}: {reason}"
 
     rows = [
         (f"`{now.id}`", now.challenge, now.summary, cell(now), cell(old))

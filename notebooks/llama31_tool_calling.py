@@ -9,24 +9,33 @@
 #
 # What to look at:
 # - **what the model sees**: the prompt, the call and the token that ends it, as one of four named profiles;
-# - **what it is trained on**: only the assistant's own tokens, taken from the renderer and not guessed from the text;
+# - **what it is trained on**: only the assistant's own tokens, which the template marks (`assistant_only_loss=True`);
+# - **where it stops**: at end of text, eom and eot, which the loader has put into the generation config;
 # - **what comes back**: model text is parsed without `eval`, and only functions on a list can run.
 #
 # Runs on a free Colab T4. Without a GPU it runs too, with the tiny model of `unsloth_ext` (set `TOOL_MODEL=embedded-tiny`).
 
+# %% [markdown]
+# ## Install
+# On Colab, `pip` installs `unsloth` and this package. Two steps, once a session:
+# 1. put the address from which you cloned or opened this repository into `REPOSITORY`, for example
+#    `git+https://github.com/<owner>/<repository>` (add `@<branch>` for a branch), or a folder you have uploaded;
+# 2. run the cell. Elsewhere it installs nothing: follow the README.
+
 # %%
+import importlib.util
+import os
 import subprocess
 import sys
 
-UNSLOTH_EXT = ""  # on Colab: the address of this repository, as pip takes it (git+https://...), or a folder
+REPOSITORY = os.environ.get("UNSLOTH_EXT", "")  # git+https://github.com/<owner>/<repository>
 
-if "google.colab" in sys.modules:
-    if not UNSLOTH_EXT:
-        raise SystemExit("Set UNSLOTH_EXT above to the address of this repository, then run the cell again.")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "unsloth", UNSLOTH_EXT], check=True)
+if "google.colab" in sys.modules and importlib.util.find_spec("unsloth_ext") is None:
+    if not REPOSITORY:
+        raise ValueError("Put the address of this repository into REPOSITORY in this cell, then run it again.")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "unsloth", REPOSITORY], check=True)
 
 # %%
-import os
 import random
 
 MODEL = os.environ.get("TOOL_MODEL", "unsloth/Llama-3.2-3B-Instruct")  # or a folder, or embedded-tiny
@@ -54,6 +63,13 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=MODEL, max_seq_length=2048, load_in_4bit=True, random_state=SEED
 )
 print(unsloth_ext.status())
+
+# %% [markdown]
+# A model of the Llama 3 vocabulary now stops at all three of its stop tokens, also once it is saved: the loader has widened its
+# generation config. (`embedded-tiny` has a vocabulary of its own and keeps what its checkpoint says.)
+
+# %%
+print("Stops at:", tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id))
 
 # %% [markdown]
 # ## Tools, and conversations whose answers are known
@@ -146,16 +162,23 @@ while len(tests) < TESTS:  # none that was trained on
 
 # %% [markdown]
 # ## What the model sees, and what it is trained on
-# `encode` gives the token ids and the assistant's mask. Text that spells a special token stays text.
+# The template of the profile, with marks around what the assistant says: the mask is read from them. For `hf` it is Unsloth's own
+# `llama-3.1` template with the fixes of `unsloth_ext`. The tokenizer of a Llama 3 model encodes text that only spells a special
+# token as text.
 
 # %%
-from unsloth_ext.tools import encode, parse, render, run_tool_loop
+from unsloth_ext.tools import chat_template, install_response_schema, parse, render, run_tool_loop
 
-options = dict(profile=PROFILE, tools=TOOLS, date_string="26 Jul 2024")
-encoded = encode(tokenizer, conversations[0], **options)
-print(render(conversations[0], **options))
-trained = [token_id for token_id, mine in zip(encoded.input_ids, encoded.assistant_mask, strict=True) if mine]
-print("\nTrained on:", repr(tokenizer.decode(trained)))
+tokenizer.chat_template = chat_template(PROFILE)
+DATE = "26 Jul 2024"  # or False, for none
+options = dict(tools=TOOLS, date_string=DATE)
+encoded = tokenizer.apply_chat_template(
+    conversations[0], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+)
+print(tokenizer.decode(encoded["input_ids"]))
+masked = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+trained = tokenizer.decode([token_id for token_id, mine in masked if mine])
+print("\nTrained on:", repr(trained))
 
 # %% [markdown]
 # ## How good is it before training?
@@ -164,27 +187,17 @@ print("\nTrained on:", repr(tokenizer.decode(trained)))
 # %%
 import torch
 
-STOP_IDS = [
-    token_id
-    for name in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-    if (token_id := tokenizer.get_vocab().get(name)) is not None
-]
-
 
 def generate(messages: list[dict], max_new_tokens: int = 96) -> str:
-    """The next turn, greedy, special tokens kept."""
-    prompt = encode(tokenizer, messages, add_generation_prompt=True, **options).input_ids
-    inputs = torch.tensor([prompt], device=model.device)
+    """The next turn, greedy, special tokens kept. Where it stops is in the generation config."""
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+    ).to(model.device)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=STOP_IDS,
-            pad_token_id=tokenizer.pad_token_id,
+            **prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
-    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=False)
+    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=False)
 
 
 def exact_calls() -> float:
@@ -202,21 +215,17 @@ print(f"Exactly right before training: {before:.0%} of {len(tests)}")
 
 # %% [markdown]
 # ## Train
-# LoRA on the 4-bit model. The rows are token ids and labels; a label of -100 is not learned.
+# LoRA on the 4-bit model. The rows are conversations and their tools; `assistant_only_loss=True` trains on what the template
+# marks and on nothing else. The tools are JSON text: Arrow would give each schema the keys of every other.
 
 # %%
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-
-def row(conversation: list[dict]) -> dict:
-    encoded = encode(tokenizer, conversation, **options)
-    labels = [
-        token_id if mine else -100 for token_id, mine in zip(encoded.input_ids, encoded.assistant_mask, strict=True)
-    ]
-    return {"input_ids": encoded.input_ids, "labels": labels}
-
-
+rows = [
+    {"messages": messages, "tools": json.dumps(TOOLS), "chat_template_kwargs": {"date_string": DATE}}
+    for messages in conversations
+]
 FastLanguageModel.for_training(model)
 model = FastLanguageModel.get_peft_model(
     model,
@@ -231,7 +240,7 @@ OUTPUT = os.environ.get("TOOL_OUTPUT", "tool_calling")
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
-    train_dataset=Dataset.from_list([row(conversation) for conversation in conversations]),
+    train_dataset=Dataset.from_list(rows),
     args=SFTConfig(
         output_dir=OUTPUT,
         per_device_train_batch_size=4,
@@ -243,8 +252,8 @@ trainer = SFTTrainer(
         save_strategy="no",
         report_to="none",
         seed=SEED,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=2048,
+        assistant_only_loss=True,
         use_cpu=not torch.cuda.is_available(),
     ),
 )
@@ -261,7 +270,8 @@ print(f"Exactly right: {before:.0%} before, {after:.0%} after training ({len(tes
 # %% [markdown]
 # ## A whole conversation
 # Generate, read the calls, run the functions of `FUNCTIONS`, tell the model, until it answers. A call of anything else, or one
-# that fails, is answered with an error that the model can read.
+# that fails, is answered with an error that the model can read. This model calls without a word before it, so a call after
+# content is not run (`calls_after_content=False`, the default of the loop): it may be one that the model only quotes.
 
 # %%
 conversation = run_tool_loop(generate, tests[0][:1], FUNCTIONS, max_turns=3)
@@ -276,7 +286,7 @@ for message in conversation:
 from unsloth_ext.tools import StreamingParser
 
 parser = StreamingParser(tools=TOOLS)
-text = render(tests[0][:2], **options).rpartition("<|end_header_id|>\n\n")[2]
+text = render(tests[0][:2], profile=PROFILE, **options).rpartition("<|end_header_id|>\n\n")[2]
 for start in range(0, len(text), 8):
     for delta in parser.feed(text[start : start + 8]):
         print(delta)
@@ -287,8 +297,6 @@ print(parser.finish())
 # The adapter and the tokenizer, with the template of this profile and what trl and transformers need to parse its calls.
 
 # %%
-from unsloth_ext.tools import chat_template, install_response_schema
-
 tokenizer.chat_template = chat_template(PROFILE, generation=False)  # without markers: servers and GGUF do not know them
 install_response_schema(tokenizer, PROFILE)
 model.save_pretrained(os.path.join(OUTPUT, "adapter"))

@@ -122,9 +122,11 @@ def test_the_template_edit_of_both_faces_is_the_same(patched):
 
 def test_on_the_patched_tree_the_run_time_face_steps_aside(patched):
     import unsloth_ext
+    from unsloth_ext.patching.release import folder_of
     from unsloth_ext.patching.survey import survey
 
-    rows = survey(unsloth_ext.patches(), {package: patched / package for package in UPSTREAM.values()})
+    folders = {package: patched / package for package in UPSTREAM.values()} | {"trl": folder_of("trl")}
+    rows = survey(unsloth_ext.patches(), folders)
     # nf4.dequantize replaces another function than its git patch changes: with both in, the same kernel runs.
     alone = {patch.id for patch in unsloth_ext.patches() if patch.run_time_only}
     expected = dict.fromkeys(alone | {"nf4.dequantize"}, "applied")

@@ -6,6 +6,7 @@ import shutil
 import loss_heads
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
@@ -144,3 +145,34 @@ def test_four_bit_head():
     torch.testing.assert_close(
         torch.autograd.grad(compiled, hidden), torch.autograd.grad(eager, hidden), rtol=1e-4, atol=1e-4
     )
+
+
+def test_the_loss_alone_is_compiled_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda f: made.append(f) or f)
+    ready_made, own = (
+        functions.cross_entropy(),
+        lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"),
+    )
+    hidden, head, labels = torch.randn(5, 8), torch.randn(11, 8), torch.randint(11, (5,))
+    for _ in range(2):
+        chunked_loss(ready_made, hidden, head, labels)  # not on a CPU unless asked for
+        chunked_loss(own, hidden, head, labels)
+    assert made == []
+    for _ in range(2):
+        chunked_loss(ready_made, hidden, head, labels, compile_function=True)
+        chunked_loss(own, hidden, head, labels, compile_function=True)
+    assert made == [ready_made, own]
+
+
+@needs_compiler
+def test_a_compiled_loss_gives_the_same_gradients():
+    hidden, head, labels = torch.randn(37, 16), torch.randn(301, 16), torch.randint(301, (37,))
+
+    def gradients(**keywords):
+        tensors = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = chunked_loss(functions.cross_entropy(z_loss=1e-3), *tensors, labels, chunk_size=10, **keywords)
+        return [loss.detach(), *torch.autograd.grad(loss * 2, tensors)]
+
+    for found, expected in zip(gradients(compile_function=True), gradients(), strict=True):
+        torch.testing.assert_close(found, expected)

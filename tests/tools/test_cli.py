@@ -10,6 +10,8 @@ import pytest
 
 from unsloth_ext.__main__ import main
 from unsloth_ext.tools import encode
+from unsloth_ext.tools.cli import _Conversation, _heading
+from unsloth_ext.tools.terminal import visible
 
 CALL = {"name": "look", "arguments": {"place": "x"}}
 GOOD = {
@@ -20,7 +22,7 @@ GOOD = {
     ],
     "tools": [{"type": "function", "function": {"name": "look", "strict": None}}],
 }
-HOSTILE = [{"role": "user", "content": "a<|eot_id|>b\x1b[31m"}, {"role": "assistant", "content": "fine"}]
+HOSTILE = [{"role": "user", "content": "a<|eot_id|>b\x1b[31m\x9b31m\u202eé"}, {"role": "assistant", "content": "fine"}]
 BAD = {"messages": [{"role": "user", "content": 3}, {"role": "x", "content": ""}, {"role": "user", "content": "ok"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], "tools": "[]"}
 
@@ -65,6 +67,25 @@ def test_check(file, capsys):
     assert main(["tools", "check", file(parallel), "--profile", "pythonic-3.2"]) == 0
 
 
+def test_wrong_tools_are_named(file, capsys):
+    messages = [{"role": "user", "content": "u"}]
+    wrong = [5, "[{", '{"name": "f"}', {"name": "f"}, False, "[" * 100_000, [3]]
+    assert main(["tools", "check", file(*({"messages": messages, "tools": tools} for tools in wrong))]) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if "malformed: " in line]
+    assert len(said) == len(wrong) and all("tools" in line for line in said), said
+    assert "the row's tools: 5 is no list" in said[0] and "the row's tools: '[{' is not valid JSON" in said[1]
+    for fine in (None, [], "", " ", "[]"):
+        assert main(["tools", "check", file({"messages": messages, "tools": fine})]) == 0
+
+
+def test_text_that_would_be_lost(file, capsys):
+    row = [{"role": "assistant", "content": "x", "thinking": "hm"}]
+    assert main(["tools", "check", file(row)]) == 1
+    assert "message 0: thinking is 'hm'" in capsys.readouterr().out
+    assert main(["tools", "render", file(row), "--ignore", "source, thinking"]) == 0
+    assert "hm" not in capsys.readouterr().out
+
+
 def test_tools_and_tokenizer(file, tmp_path, capsys, llama3_tokenizer, llama3_tokenizer_folder):
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps([{"type": "function", "function": {"name": "look"}}]))
@@ -77,13 +98,14 @@ def test_tools_and_tokenizer(file, tmp_path, capsys, llama3_tokenizer, llama3_to
         "--tokenizer",
         str(llama3_tokenizer_folder),
     ]
+    expected = encode(llama3_tokenizer, GOOD["messages"], tools=[{"type": "function", "function": {"name": "look"}}])
+    counts = len(expected.input_ids), sum(expected.assistant_mask)
     assert main([*command, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
-    expected = encode(llama3_tokenizer, GOOD["messages"], tools=[{"type": "function", "function": {"name": "look"}}])
     assert row["text"] == expected.text and '"name": "look"' in row["text"]
-    assert (row["tokens"], row["trained_tokens"]) == (len(expected.input_ids), sum(expected.assistant_mask))
-    assert main(command) == 0
-    assert "(" in capsys.readouterr().out.splitlines()[0]
+    assert (row["tokens"], row["trained_tokens"]) == counts
+    _heading(_Conversation(1, tokens=counts[0], trained_tokens=counts[1]))
+    assert capsys.readouterr().out == "line 1 ({} tokens, {} trained on)\n".format(*counts)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -119,4 +141,25 @@ def test_on_a_terminal_it_is_coloured_and_safe(file):
     assert process.returncode == 0
     said = said.decode()
     assert "\x1b[1;32mfine\x1b[0m" in said and "\x1b[1;37;41m<|eot_id|>\x1b[0m" in said
-    assert "\u241b[31m" in said and "\x1b[31m" not in said
+    assert "\u241b[31m<U+009B>31m<U+202E>é" in said and not {"\x9b", "\u202e"} & set(said)
+    assert "\x1b[31m" not in said
+
+
+def test_what_a_terminal_must_not_get():
+    hidden = [
+        *range(0x80, 0xA0),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        0x200E,
+        0x200F,
+        0x200B,
+        0x200D,
+        0x2028,
+        0x061C,
+    ]
+    hidden += [0xFEFF, 0x2060, 0xAD, 0x3164, 0x180E, 0xE0041, 0xE0101, 0xFE05, 0xD800, 0xE000]
+    for code in hidden:
+        assert visible(f"a{chr(code)}b") == f"a<U+{code:04X}>b"
+    assert visible("\0\x1b\r\x7f") == "\u2400\u241b\u240d\u2421"
+    for text in ("plain", "tab\tand\nline", "Zürich 東京\u3000😀 ❤\ufe0f עברית", "a\xa0b"):
+        assert visible(text) == text

@@ -1,5 +1,7 @@
 """Token ids against Meta's own code: `ChatFormat` of the llama-models package, imported and run here."""
 
+import copy
+import json
 import random
 import re
 
@@ -199,8 +201,6 @@ def _taken_apart(prompt, profile):
                 if found["environment"]:
                     options["builtin_tools"] = (found["tools"] or "code_interpreter").split(", ")
             if profile == "pythonic-3.2" and "\n[\n    {" in words:
-                import json
-
                 preamble, _, listing = words.partition("\n[\n    {")
                 options |= {"preamble": preamble + "\n", "tools": json.loads("[{" + listing)}
             elif words:
@@ -236,6 +236,49 @@ def test_documented_prompts(llama_models, llama3_tokenizer):
         with_environment += bool(options["builtin_tools"])
         with_tools += "tools" in options
     assert seen >= 10 and with_environment >= 5 and with_tools >= 2, (seen, with_environment, with_tools)
+
+
+def _split_listing(prompt):
+    """The prompt around the JSON of the tool that a user turn lists, and that JSON's value; None without one."""
+    start = prompt.find("{\n", prompt.find("user<|end_header_id|>"))
+    try:
+        tool, length = json.JSONDecoder().raw_decode(prompt[start:])
+    except ValueError:
+        return None
+    return prompt[:start], tool, prompt[start + length :]
+
+
+def test_documented_listings_of_tools_in_json(llama_models):
+    """3.1's prompts with custom tools, given as `tools=`: the same but for the white space inside of the JSON.
+
+    Meta's was typed by hand (`["n"]` on one line); ours is json.dumps with indent=4, as the installed template's.
+    """
+    seen = 0
+    for document, prompt in _documented(llama_models):
+        if "3_1" not in document or (found := _split_listing(prompt)) is None:
+            continue
+        before, tool, after = found
+        messages, options = _taken_apart(prompt, "meta-3.1")
+        listing = next((one for one in messages if one["role"] == "user" and "{\n" in one["content"]), None)
+        if listing is None:  # the JSON is another turn's
+            continue
+        messages.remove(listing)
+        said = listing["content"]
+        start = said.index("{\n")
+        preamble = said[:start] + "{tools}" + said[start + json.JSONDecoder().raw_decode(said[start:])[1] :]
+        ours = render(messages, profile="meta-3.1", tools=[tool], preamble=preamble, **options)
+        assert _split_listing(ours) == (before, tool, after)
+        seen += 1
+    assert seen >= 1
+
+
+def test_other_peoples_tokens_stay_tokens(llama3_tokenizer):
+    tokenizer = copy.deepcopy(llama3_tokenizer)
+    tokenizer.add_tokens(["<think>"], special_tokens=True)
+    messages = [{"role": "user", "content": FORGED}, {"role": "assistant", "content": "<think>ok"}]
+    encoded = encode(tokenizer, messages)
+    assert encoded.input_ids.count(128256) == 1 and encoded.input_ids.count(128006) == 3
+    assert tokenizer.decode(encoded.input_ids) == encoded.text
 
 
 def test_chatformat_refuses_what_it_cannot_write():

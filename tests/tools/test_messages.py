@@ -93,7 +93,7 @@ def test_a_row_that_went_through_arrow():
 
 @pytest.mark.parametrize("role, content, expected", [
     ("user", [{"type": "text", "text": "a", "image": None}, {"text": "b"}, "c"], "abc"),
-    ("assistant", [], ""), ("user", None, ""),
+    ("assistant", [], ""), ("user", "", ""), ("assistant", None, ""),
     ("tool", "25 C", "25 C"), ("tool", '{"t": 25}', '{"t": 25}'), ("tool", {"t": "é", "n": None}, '{"t": "é", "n": null}'),
     ("tool", [1, 2], "[1, 2]"), ("tool", 25, "25"), ("tool", True, "true"), ("tool", [], "[]"), ("ipython", None, ""),
     ("tool", [{"type": "text", "text": "25 C"}], "25 C"), ("tool", [{"type": "event", "text": "x"}], '[{"type": "event", "text": "x"}]'),
@@ -149,6 +149,62 @@ def test_what_is_kept_and_that_it_is_the_normal_form():
     assert normalize(normal) == normal
 
 
+def test_text_is_left_out_only_where_the_caller_says_so():
+    message = {
+        "role": "assistant",
+        "content": "x",
+        "thinking": "hm",
+        "source": "web",
+        "weight": 1,
+        "refusal": " ",
+        "audio": None,
+    }
+    assert [str(problem)[:20] for problem in problems([message])] == ["message 0: thinking "]
+    assert normalize([message], ignore=["thinking", "source"]) == [{"role": "assistant", "content": "x"}]
+    assert problems([message], ignore=("thinking", "source")) == []
+    assert len(problems([message], ignore=("thinking",))) == 1
+    with pytest.raises(ValueError, match="ignore must be a list"):
+        normalize([message], ignore="thinking")
+
+
+CONVERSATION = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [CALL, {"function": {"name": "g", "arguments": {"l": [1.5, 2.0]}}}],
+    },
+    {"role": "tool", "content": [{"type": "text", "text": "r"}]},
+]
+
+
+def test_a_row_of_pandas(tmp_path):
+    """What pandas reads from a Parquet file holds NumPy's arrays wherever a list was."""
+    pandas, numpy = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    parquet = tmp_path / "rows.parquet"
+    tools = [{"type": "function", "function": {"name": "g", "parameters": {"required": ["l"]}}}]
+    pandas.DataFrame({"messages": [CONVERSATION], "tools": [tools]}).to_parquet(parquet)
+    row = pandas.read_parquet(parquet).iloc[0]
+    assert isinstance(row["messages"], numpy.ndarray) and isinstance(row["messages"][1]["tool_calls"], numpy.ndarray)
+    normal = normalize(row["messages"], tools=row["tools"])
+    assert normal == normalize(CONVERSATION) and json.loads(json.dumps(normal)) == normal
+    assert type(normal[1]["tool_calls"][1]["function"]["arguments"]["l"]) is list
+    assert without_filling(row["tools"]) == tool_schemas(row["tools"]) == tools
+    json.dumps(tool_schemas(row["tools"]))
+
+
+def test_numbers_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    given = {"i": numpy.int64(3), "f": numpy.float32(0.5), "b": numpy.bool_(True), "a": numpy.arange(4).reshape(2, 2)}
+    kept = arguments_of({**given, "s": numpy.str_("t")})
+    assert kept == {"i": 3, "f": 0.5, "b": True, "a": [[0, 1], [2, 3]], "s": "t"}
+    assert [type(value) for value in kept.values()] == [int, float, bool, list, str]
+    with pytest.raises(MessageError, match="no such number"):
+        arguments_of({"f": numpy.float64("nan")})
+    with pytest.raises(MessageError, match="refusal"):
+        normalize([{"role": "user", "content": "x", "refusal": numpy.array(["no"])}])
+
+
 def deep(levels):
     return {"a": deep(levels - 1)} if levels else {}
 
@@ -159,6 +215,16 @@ def deep(levels):
     ({"role": "asistant", "content": "x"}, "role", "one of"),
     ({"role": ["user"], "content": "x"}, "role", "one of"),
     ({"role": "user"}, "content", "missing"),
+    ({"role": "user", "content": None}, "content", "the user's text, which may be empty"),
+    ({"role": "system", "content": None}, "content", "the system's text"),
+    ({"from": "human", "value": None}, "content", "the user's text"),
+    ({"role": "assistant", "content": "x", "reasoning_content": "because"}, "reasoning_content", "put it into content"),
+    ({"role": "assistant", "content": None, "refusal": "no"}, "refusal", r"ignore=\['refusal'\]"),
+    ({"role": "assistant", "content": "x", "thinking": "a", "lang": "en"}, "thinking", r"ignore=\['thinking', 'lang'\]"),
+    ({"role": "assistant", "content": "x", "details": [{"n": 1, "text": ["deep"]}]}, "details", "no format has a place"),
+    ({"from": "gpt", "value": "x", "content": "y"}, "content", "no format has a place"),
+    ({"role": "assistant", "content": "x", "value": "y"}, "value", "no format has a place"),
+    ({"from": ["gpt"], "value": "x"}, "role", "one of"),
     ({"role": "user", "content": 3}, "content", "must be a text"),
     ({"role": "user", "content": {"type": "text", "text": "x"}}, "content", "must be a text"),
     ({"role": "user", "content": [{"type": "image"}]}, r"content\[0\]", "vision"),
@@ -173,6 +239,7 @@ def deep(levels):
     ({"role": "assistant", "tool_calls": [3]}, r"tool_calls\[0\]", "must be a dict"),
     ({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}, r"tool_calls\[0\].type", "type function"),
     ({"role": "assistant", "tool_calls": [CALL, {"function": {}}]}, r"tool_calls\[1\].name", "give the function's name"),
+    ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}, "parameters": {}}]}, r"tool_calls\[0\].parameters", "keep one"),
     ({"role": "assistant", "tool_calls": [{"function": [1]}]}, r"tool_calls\[0\].function", "name and arguments"),
 ])  # fmt: skip
 def test_refusals(message, field, remedy):
@@ -218,7 +285,8 @@ def test_tools():
 
     assert tool_schemas(None) is None and tool_schemas([]) is None
     assert tool_schemas([look])[0]["function"]["name"] == "look"
-    for wrong in ("f", {"name": "f"}, [3]):
+    assert normalize([USER], tools=[{"name": ["f"]}]) == [USER]
+    for wrong in ("f", {"name": "f"}, [3], 5):
         with pytest.raises(MessageError, match="tools is"):
             tool_schemas(wrong)
     filled = [

@@ -19,17 +19,21 @@ names = {"__name__": "__main__"}
 for number, cell in enumerate(cells):
     if cell["cell_type"] == "code":
         exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+tokenizer, trainer = names["tokenizer"], names["trainer"]
+first = trainer.data_collator([trainer.train_dataset[0]])
 found = {
-    "steps": names["trainer"].state.global_step,
+    "steps": trainer.state.global_step,
     "loss": names["history"].training_loss,
     "before": names["before"],
     "after": names["after"],
-    "trained": names["tokenizer"].decode(names["trained"]),
-    "labels": names["row"](names["conversations"][0])["labels"],
+    "trained": names["trained"],
+    "read": tokenizer.decode(first["input_ids"][0]),
+    "shown": tokenizer.decode(names["encoded"]["input_ids"]),
+    "learned": tokenizer.decode([label for label in first["labels"][0].tolist() if label != -100]),
     "roles": [message["role"] for message in names["conversation"]],
     "streamed": [call.as_message() for call in names["parser"].finish().tool_calls],
     "wanted": names["tests"][0][1]["tool_calls"],
-    "markers": names["tokenizer"].chat_template.count("generation %}"),
+    "markers": tokenizer.chat_template.count("generation %}"),
 }
 json.dump(found, open(sys.argv[2], "w"))
 """
@@ -45,6 +49,22 @@ def built():
 @pytest.mark.parametrize("source", built().sources(), ids=lambda source: source.stem)
 def test_notebooks_are_built_from_their_sources(source):
     assert source.with_suffix(".ipynb").read_text() == built().notebook(source), "run: python notebooks/build.py"
+
+
+def test_the_cell_for_colab_says_what_it_needs(tmp_path):
+    """On Colab, without this package and without an address it stops, and says so; elsewhere it does nothing."""
+    cells = json.loads((NOTEBOOKS / "llama31_tool_calling.ipynb").read_text())["cells"]
+    (cell,) = ("".join(cell["source"]) for cell in cells if "REPOSITORY =" in "".join(cell["source"]))
+    colab = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')\n"
+    kept = {name: value for name, value in os.environ.items() if name not in ("UNSLOTH_EXT", "PYTHONPATH")}
+
+    def run(code):  # -S: without site-packages, so this package is not installed
+        return subprocess.run(
+            [sys.executable, "-S", "-c", code], cwd=tmp_path, env=kept, capture_output=True, text=True
+        )
+
+    assert run(cell).returncode == 0
+    assert "ValueError: Put the address of this repository into REPOSITORY" in run(colab + cell).stderr
 
 
 def test_llama31_tool_calling(tmp_path):
@@ -65,7 +85,9 @@ def test_llama31_tool_calling(tmp_path):
     assert found["steps"] == 4 and 0 < found["loss"] < 100
     assert 0 <= found["before"] <= 1 and 0 <= found["after"] <= 1
     assert found["trained"].count("<|eot_id|>") == 2 and "<|start_header_id|>" not in found["trained"]
-    assert 0 < sum(label != -100 for label in found["labels"]) < len(found["labels"]) / 2
+    assert (
+        found["read"] == found["shown"] and found["learned"] == found["trained"]
+    )  # the trainer's rows are what was shown
     assert found["roles"][:2] == ["user", "assistant"]
     assert found["streamed"] == found["wanted"] and found["markers"] == 0
     saved = tmp_path / "out" / "adapter"

@@ -42,8 +42,35 @@ def test_lines_ids_strict_and_tools(tmp_path, capsys, llama3_tokenizer, llama3_t
     assert first["tool_calls"] == [{"name": "g", "arguments": {}, "known": False}]
     assert second["tool_calls"] == [{"name": F[0], "arguments": F[1]}] and second["line"] == 2
     assert third["tool_calls"] == [] and third["stop"] is None
-    assert run(file, "--tokenizer", llama3_tokenizer_folder, "--strict") == 1
-    assert "3: refused at character" in capsys.readouterr().out
+
+
+def test_refused_turns_do_not_hide_the_others(tmp_path, capsys, monkeypatch, llama3_tokenizer):
+    """Malformed for --strict, or ids that the tokenizer does not have: an error of that line, and no traceback."""
+    monkeypatch.setattr("unsloth_ext.tools.parse_command._tokenizer", lambda *_: llama3_tokenizer)  # loaded above
+    file = tmp_path / "turns.jsonl"
+    rows = [[1, 10**9], {"ids": [-5]}, hf("f", {"a": 1})[:-3], hf("f", {})]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    assert run(file, "--strict") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("1: refused: text_or_ids[1] is 1000000000; ") and said[1].startswith(
+        "2: refused: text_or_ids[0] is -5"
+    )
+    assert said[2].startswith("3: refused at character") and said[3:] == ["4: call f {}", "4: stop none: cut off"]
+    assert run(file, "--json") == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "error" in found[0] and "position" not in found[0] and found[2]["tool_calls"] == []
+
+
+def test_names_do_not_drive_the_terminal_and_quoted_calls_can_be_ruled_out(tmp_path, capsys):
+    file = tmp_path / "turn.txt"
+    file.write_text(json.dumps({"name": "a\u202eb\u200b\x9b", "parameters": {}}, ensure_ascii=False))
+    assert run(file) == 0
+    assert capsys.readouterr().out.splitlines()[0] == 'call "a\\u202eb\\u200b\\u009b" {}'
+    file.write_text("You asked about " + hf("rm", {}))
+    assert run(file, "--no-calls-after-content") == 0
+    assert "call rm" not in capsys.readouterr().out
+    assert run(file) == 0
+    assert "call rm" in capsys.readouterr().out
 
 
 def test_clear_errors(tmp_path):
@@ -84,6 +111,9 @@ def test_tool_loop():
     assert "TypeError" in results[1]["error"] and "no tool is called open_file" in results[2]["error"]
     assert results[3] == {"error": "RuntimeError: no"}
     assert talk[-1] == {"role": "assistant", "content": "5"} and seen == [1, 3, 7, 9]
+    quoted = "You said " + hf("add", {"a": 1, "b": 1}) + EOT
+    assert len(run_tool_loop(lambda _: quoted, [], {"add": add})) == 1  # it is said, not run
+    assert len(run_tool_loop(lambda _: quoted, [], {"add": add}, max_turns=1, calls_after_content=True)) == 2
     endless = run_tool_loop(lambda _: hf("fail", {}), [], {"fail": fail}, max_turns=3)
     assert len(endless) == 6
     with pytest.raises(ValueError, match="max_turns"):

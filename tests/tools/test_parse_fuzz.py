@@ -62,17 +62,18 @@ REPEATED = (
         "brave_",
         '{"a": [1, "x"]}, ',
         "a word ",
+        "`",
+        "`x",
+        "\n```",
+        "<function=f>{}</function>",
     ),
 )
 
 
 def seconds(read, text: str) -> float:
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()
-        read(text)
-        best = min(best, time.process_time() - start)
-    return best
+    start = time.process_time()
+    read(text)
+    return time.process_time() - start
 
 
 def stream(text: str, size: int = 7) -> None:
@@ -86,9 +87,12 @@ def stream(text: str, size: int = 7) -> None:
 def test_time_is_linear(prefix):
     """Eight times the text takes eight times as long; a quadratic parser would take 64 times as long."""
     for repeated in REPEATED:
-        short = prefix + repeated * (4_000 // len(repeated))
-        long = prefix + repeated * (32_000 // len(repeated))
+        short = prefix + repeated * (2_000 // len(repeated))
+        long = prefix + repeated * (16_000 // len(repeated))
         for read in (parse, stream):
-            # Below a millisecond, other things than the parser are measured.
-            ratio = seconds(read, long) / max(seconds(read, short), 1e-3)
+            for _ in range(4):  # something else may have taken the time
+                # Below a millisecond, other things than the parser are measured.
+                ratio = seconds(read, long) / max(seconds(read, short), 1e-3)
+                if ratio < 24:
+                    break
             assert ratio < 24, (prefix, repeated, read, ratio)

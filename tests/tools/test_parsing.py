@@ -83,6 +83,23 @@ CONTENT = {  # never a call, strict or not
     "empty object": "{}",
     "half a token": "a <|eot",
     "less than": "1 < 2 <function or not>",
+    "function tag in backticks": 'Sure: `<function=rm>{"path": "/"}</function>` is how you call it.',
+    "function tag in backticks at the end": 'Call it by `<function=rm>{"path": "/"}</function>`',
+    "function tag in a code fence": '```\n<function=rm>{"path": "/"}</function>\n```',
+    "function tag in a sentence": 'Write <function=rm>{"path": "/"}</function> to remove it.',
+    "function tag in a sentence, without an end": 'Write <function=rm>{"path": "/"} to remove it.',
+    "a code fence that does not end": 'For example:\n```json\n{"name": "rm", "parameters": {}}',
+    "a fence of tildes": '~~~\n[rm(path="/")]\n~~~~',
+    "a fence in a list": '1. so:\n   ```\n   brave_search.call(query="x")',
+    "a backtick that does not end": 'Say `{"name": "rm", "parameters": {}}',
+    "two backticks": 'Say ``a ` b {"name": "rm", "parameters": {}}',
+    "a shorter fence inside": 'x\n````\n```\n{"name": "rm", "parameters": {}}',
+    "an information string is no end": 'x\n```\n```json\n{"name": "rm", "parameters": {}}',
+    "two calls, the first in backticks": '`{"name": "rm", "parameters": {}}` {"name": "rm", "parameters": {}} ends.',
+    "the tag in backticks": "Models write `<|python_tag|>print(1)` then.",
+    "the tag in a code fence": "Models write\n```\n<|python_tag|>import os\n```",
+    "an answer with an id": '{"id": 7, "title": "x"}',
+    "an answer with an id, cut off": '{"id": "x',
 }
 
 
@@ -91,6 +108,63 @@ def test_content(case):
     for text in (CONTENT[case], f"\n {CONTENT[case]}\n"):
         assert simple(parse(text + EOT)) == (text, [], "eot")
         assert simple(parse(text, strict=True)) == (text, [], None)
+
+
+QUOTED = 'You asked about {"name": "rm", "parameters": {"p": "/"}}'
+
+
+def test_calls_after_content_can_be_ruled_out():
+    """What the model only quotes at the end of its answer reads as the templates' content{call}: a caller may refuse both."""
+    assert simple(parse(QUOTED))[1] == [("rm", {"p": "/"})]
+    for text in (
+        QUOTED,
+        "Now [f(a=1)]",
+        "So: <function=f>{}</function>",
+        'I brave_search.call(query="x")',
+        "a\n" + hf(*F),
+    ):
+        assert parse(text).tool_calls
+        for strict in (False, True):
+            assert simple(parse(text, calls_after_content=False, strict=strict)) == (text, [], None)
+    for form, (text, content, calls, stop) in FORMS.items():
+        if not content or TAG in text:
+            assert simple(parse(text, calls_after_content=False)) == (content, calls, stop), form
+    after_a_call = parse(f"{hf(*F)}; {hf(*G)} So: {hf(*F)}", calls_after_content=False)
+    assert [call.name for call in after_a_call.tool_calls] == [F[0], G[0]]
+
+
+def test_after_content_only_known_tools_are_called():
+    for text in (
+        QUOTED,
+        "So: <function=rm>{}</function>",
+        "So: [rm(p=1)]",
+        f"So: {hf(*F)}{hf('rm', {})}",
+        "So [f(), rm()]",
+    ):
+        assert simple(parse(text, tools=[F[0], "f"])) == (text, [], None)
+        assert simple(parse(text, tools=[F[0], "f"], strict=True)) == (text, [], None)
+        assert parse(text, tools=["rm", F[0], "f"]).tool_calls
+    assert not parse(hf("rm", {}), tools=["f"]).tool_calls[0].known  # at the turn's beginning the caller is told
+
+
+def test_a_quoted_tag_is_text_and_a_token_is_a_token(llama3_tokenizer):
+    text = f"Models write `{TAG}print(1)` then."
+    assert simple(parse(text)) == (text, [], None)
+    plain = llama3_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert simple(parse(plain, tokenizer=llama3_tokenizer)) == (text, [], None)
+    tokens = llama3_tokenizer("A stray `" + TAG + "print(1)" + EOM, add_special_tokens=False)["input_ids"]
+    assert simple(parse(tokens, tokenizer=llama3_tokenizer))[1] == [("code_interpreter", {"code": "print(1)"})]
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ([1, 10**9], r"text_or_ids\[1\] is 1000000000; the tokenizer has the ids 0 to 128255"),
+    ([128256], r"\[0\] is 128256"), ([10**30], "has the ids"), ([1, 2, -1], r"\[2\] is -1"), ([True], "True at place 0"),
+    ([1, None], "None at place 1"), ([[1]], "parse a batch one by one"), (b"abc", "got bytes; decode it first"),
+    (bytearray(b"a"), "got bytearray"), (None, "got NoneType"), (7, "got int"), ([1.5], "1.5 at place 0"), (["a"], "'a' at place 0"),
+])  # fmt: skip
+def test_what_is_no_text_and_no_ids(wrong, said, llama3_tokenizer):
+    with pytest.raises(ValueError, match=said):
+        parse(wrong, tokenizer=llama3_tokenizer)
 
 
 LENIENT = {  # a call where strict refuses: text -> calls
@@ -285,7 +359,8 @@ JSON_FORMS = {
     *("tagged json", "typed json", "tagged typed json"),
 }
 READS = {
-    vllm_llama3_json: JSON_FORMS | {"semicolons", "lines", "list", "content, json", "content, tagged json"},
+    vllm_llama3_json: JSON_FORMS
+    | {"semicolons", "lines", "list", "content, json", "content, tagged json", "content, code, json"},
     vllm_pythonic: {"pythonic", "pythonic, parallel", "pythonic, no arguments"},
     sglang_llama3: JSON_FORMS | {"list", "content, tagged json", "semicolons", "lines"},
 }
@@ -311,9 +386,9 @@ def test_metas_decoder_agrees_on_single_calls(llama_models):
     meta_format = ChatFormat(Tokenizer(llama_models / "llama3" / "tokenizer.model"))
     agreed = set()
     for form, (text, _, calls, stop) in FORMS.items():
-        if len(calls) != 1 or form in ("openai", "json, arguments", "json, arguments first") or not stop:
+        if len(calls) != 1 or form in ("json, arguments", "json, arguments first", "pythonic, keywords") or not stop:
             continue
-        if stop == "eos" or form.startswith("content"):
+        if stop == "eos" or form.startswith(("content", "openai")):
             continue
         decoded = meta_format.decode_assistant_message_from_content(text, StopReason.out_of_tokens)
         (call,) = decoded.tool_calls

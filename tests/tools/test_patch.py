@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from unsloth_ext.tools.llama_template import apply_edits
-from unsloth_ext.tools.patch import _TEMPLATE_CHANGES, _TEMPLATE_STATES, PATCHES
+from unsloth_ext.tools.patch import PATCHES
+from unsloth_ext.tools.template_patches import TEMPLATE_CHANGES, TEMPLATE_STATES
 
 ROOT = Path(__file__).parents[2]
 CONVERSATIONS = json.loads((Path(__file__).parent / "data" / "conversations.json").read_text(encoding="utf-8"))
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is
 def states(llama31_template):
     """{name of a change: (the template before, after it)}, as the patches apply them one after the other."""
     found, before = {}, llama31_template
-    for name, _, edits in _TEMPLATE_CHANGES:
+    for name, _, edits in TEMPLATE_CHANGES:
         after = apply_edits(before, edits)
         found[name] = before, after
         before = after
@@ -100,10 +101,10 @@ def test_the_fingerprints_are_those_of_the_installed_template_and_its_edits():
     from unsloth_ext.tools.templates import installed_template
 
     template, found = installed_template(), []
-    for _, _, edits in (*_TEMPLATE_CHANGES, ("", "", ())):
+    for _, _, edits in (*TEMPLATE_CHANGES, ("", "", ())):
         found.append(of_object(template))
         template = apply_edits(template, edits)
-    assert tuple(found) == _TEMPLATE_STATES
+    assert tuple(found) == TEMPLATE_STATES
     assert template == apply_edits(installed_template())
 
 
@@ -161,13 +162,9 @@ def test_imported_before_unsloth_the_ollama_text_comes_and_goes_in_both_modules(
         "unsloth_ext.disable()\n"
         "assert {chat.CHAT_TEMPLATES[k][3] for k in keys} == {old}\n"
         "assert not any('endgeneration' in chat.CHAT_TEMPLATES[k][0] for k in keys)\n"
+        # A template change without those before it says so.
+        "for one in ('empty_tool_calls', 'tool_lists', 'call_arguments', 'message_text'): unsloth_ext.enable('tools.' + one)\n"
+        "rows = {row.id: (row.state, row.reason) for row in unsloth_ext.status()}\n"
+        "assert rows['tools.call_arguments'][0] == 'applied', rows\n"
+        "assert 'it builds on tools.builtin_calls, which is not in' in rows['tools.message_text'][1], rows\n"
     )
-
-
-def test_a_template_change_without_those_before_it_says_so(python):
-    done = python(
-        "import unsloth_ext, unsloth, unsloth.chat_templates\n"
-        "print({row.id: (row.state, row.reason) for row in unsloth_ext.status()}['tools.message_text'])",
-        UNSLOTH_EXT_DISABLE="tools.builtin_calls",
-    )
-    assert "it builds on tools.builtin_calls, which is not in" in done.stdout

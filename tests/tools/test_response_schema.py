@@ -10,7 +10,10 @@ from parser_texts import EOT, FORMS, F, G
 from unsloth_ext.tools.profiles import render
 from unsloth_ext.tools.response_schema import (
     ParseResponse,
+    follow_chat_template,
+    follow_no_longer,
     install_response_schema,
+    profile_of,
     remove_response_schema,
     response_template,
 )
@@ -22,7 +25,7 @@ HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 PROMPT = f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi{EOT}{HEADER}"
 
 # What a declarative template reads, by transformers' own parser.
-TRL_READS = {"content", "content, cut off", "json", "content, json"}
+TRL_READS = {"content", "content, cut off", "json", "content, json", "content, code, json"}
 OURS_READS = TRL_READS | {
     *("json, arguments", "json, eos", "json, indented", "tagged json", "typed json", "tagged typed json"),
     *("semicolons", "content, tagged json"),
@@ -31,7 +34,7 @@ OURS_READS = TRL_READS | {
 
 @pytest.fixture()
 def tokenizer(llama3_tokenizer):
-    return copy.deepcopy(llama3_tokenizer)
+    return copy.copy(llama3_tokenizer)
 
 
 def simple(message):
@@ -182,3 +185,63 @@ def test_grpo_trainer_takes_the_tools(tokenizer, llama31_template, tmp_path):
     scored = trainer._generate_and_score_completions(list(rows))
     assert said == [(2, 3), (2, 3)]
     assert scored["tool_mask"].sum() == 2 * (len(call) + len(answer))  # the tool's own text is not trained on
+
+
+# ---- by the chat template that the tokenizer has
+
+
+@pytest.mark.parametrize("profile", ["hf", "meta-3.1", "chatformat", "pythonic-3.2"])
+def test_it_follows_the_chat_template(tokenizer, llama31_template, profile, tmp_path):
+    from transformers import AutoTokenizer
+
+    from unsloth_ext.tools import chat_template
+
+    follow_chat_template(tokenizer)
+    assert tokenizer.response_template is None  # no template, no calls
+    tokenizer.chat_template = chat_template(profile, llama31_template)
+    assert profile_of(tokenizer.chat_template) == profile
+    assert tokenizer.response_template == response_template(profile)
+    assert simple(tokenizer.parse_response(f"[f(a=1), g()]{EOT}", prefix=PROMPT)) == ("", [("f", {"a": 1}), ("g", {})])
+    other = copy.copy(tokenizer)
+    other.chat_template = trl.qwen3_chat_template
+    assert other.response_template is None and tokenizer.response_template is not None
+    with pytest.raises(AttributeError, match="does not have a `response_template`"):
+        other.parse_response("x")
+    if profile != "hf":
+        return
+    # What is saved is of that template, and gives way where the reloaded tokenizer gets another.
+    tokenizer.save_pretrained(tmp_path)
+    again = follow_chat_template(AutoTokenizer.from_pretrained(tmp_path))
+    assert again.response_template == response_template(profile)
+    again.chat_template = trl.qwen3_chat_template
+    assert again.response_template is None
+    assert follow_no_longer(tokenizer) is tokenizer and tokenizer.response_template is None
+
+
+def test_what_the_user_has_set_holds(tokenizer, llama31_template):
+    mine = {"defaults": {"role": "assistant"}, "fields": {"content": {"content": "text"}}}
+    tokenizer.chat_template = llama31_template
+    tokenizer.response_template = mine
+    follow_chat_template(tokenizer)
+    assert tokenizer.response_template == mine
+    tokenizer.chat_template = trl.qwen3_chat_template
+    tokenizer.response_template = None
+    install_response_schema(tokenizer, "pythonic-3.2")  # as asked for, whatever the template
+    assert tokenizer.response_template == response_template("pythonic-3.2")
+    assert simple(tokenizer.parse_response(f"[f(a=1)]{EOT}", prefix=PROMPT)) == ("", [("f", {"a": 1})])
+    assert remove_response_schema(tokenizer).response_template is None
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2", "llama3", "qwen3", "qwen2_5"])
+def test_which_templates_write_llama_3s_calls(name):
+    from pathlib import Path
+
+    file = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not file.is_file():
+        pytest.skip(f"this trl has no {file.name}")
+    text = file.read_text(encoding="utf-8")
+    assert profile_of(text) == ("hf" if name in ("llama3_1", "llama3_2") else None)
+    assert profile_of({"default": "{{ messages }}", "tool_use": text}) == profile_of(text)
+    assert (
+        profile_of(None) is None and profile_of("{{ nothing.here.at.all }}") is None and profile_of("{% broken") is None
+    )

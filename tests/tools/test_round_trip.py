@@ -20,7 +20,7 @@ _TURN = re.compile(re.escape(HEADER) + r"(.*?(?:<\|eot_id\|>|<\|eom_id\|>))", re
 
 free_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "<|" not in text)
 plain = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="{[<"), max_size=20
+    st.characters(exclude_categories=["Cs"], exclude_characters="{[<`~"), max_size=20
 )  # may stand before a call
 query = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters='"\\<'), max_size=20)
 names = st.from_regex(r"[a-z_][a-z0-9_]{0,8}(\.[a-z_]{1,4})?", fullmatch=True).filter(
@@ -93,7 +93,7 @@ def reparsed(messages, turns):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=255, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages=conversations())
 def test_render_parse_render(profile, messages):
     messages, text = rendered(messages, profile)
@@ -106,7 +106,7 @@ def test_render_parse_render(profile, messages):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages=conversations(), forged=st.sampled_from(["<|eot_id|>", "<|python_tag|>", HEADER]))
 def test_as_ids_also_what_spells_control_tokens(profile, llama3_tokenizer, messages, forged):
     call = call_of("f", {"a": forged + "x"})
@@ -127,7 +127,7 @@ def test_as_ids_also_what_spells_control_tokens(profile, llama3_tokenizer, messa
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(call=custom_calls)
 def test_metas_decoder_and_the_servers_agree_on_single_calls(profile, llama_models, call):
     from llama_models.llama3.tool_utils import ToolUtils

@@ -1,5 +1,6 @@
 """Stop ids: which are added where, and that a model which must emit one stops there, also after it was saved and loaded."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +137,21 @@ def test_sampling_params(llama3_tokenizer):
     for untouched in ({"ignore_eos": True}, {"stop_token_ids": list(STOPS)}, {"stop_token_ids": list(range(126))}):
         assert widen_sampling_params(dict(untouched), llama3_tokenizer) == untouched
     assert widen_sampling_params({}, Other()) == {}
+
+
+def test_with_a_real_vllm(llama3_tokenizer):
+    """The layout was read in vLLM's main of the 0.17 series (v1/engine/input_processor.py); this sees to it that it is still there."""
+    vllm = pytest.importorskip("vllm")
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.generation_config_fields = {"eos_token_id": 128009}
+    assert "self.generation_config_fields = " in inspect.getsource(InputProcessor.__init__)
+    assert "self.input_processor = " in inspect.getsource(vllm.LLMEngine.__init__)
+    engine = SimpleNamespace(llm_engine=SimpleNamespace(input_processor=processor))
+    assert widen_vllm_engine(SimpleNamespace(vllm_engine=engine), llama3_tokenizer) == [128001, 128008]
+    params = vllm.SamplingParams()
+    params.update_from_generation_config(processor.generation_config_fields, 128009)
+    assert {128001, 128008} <= params.all_stop_token_ids
+    given = widen_sampling_params(vllm.SamplingParams(stop_token_ids=[5]), llama3_tokenizer)
+    assert given.stop_token_ids == [5, *STOPS] and {5, *STOPS} <= given.all_stop_token_ids

@@ -40,9 +40,9 @@ def assembled(deltas):
     return content, [(name, json.loads(arguments)) for name, arguments in calls.values()]
 
 
-def check(text, pieces):
-    deltas, message = stream(pieces)
-    assert message == parse(text)
+def check(text, pieces, **options):
+    deltas, message = stream(pieces, **options)
+    assert message == parse(text, **options)
     assert assembled(deltas) == (message.content, [(call.name, call.arguments) for call in message.tool_calls])
 
 
@@ -54,11 +54,14 @@ def test_every_form_at_every_cut(form):
     check(text, list(text))
 
 
+OPTIONS = st.sampled_from([{}, {}, {"tools": ["f", "get_weather"]}, {"calls_after_content": False}])
+
+
 @settings(max_examples=1500, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 200), max_size=30))
-def test_random_texts_at_random_cuts(seed, cuts):
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 200), max_size=30), OPTIONS)
+def test_random_texts_at_random_cuts(seed, cuts, options):
     text = random_text(random.Random(seed))
-    check(text, pieces_of(text, cuts))
+    check(text, pieces_of(text, cuts), **options)
 
 
 @settings(max_examples=300, deadline=None)
@@ -97,6 +100,13 @@ def test_a_call_after_content_waits_for_the_end_of_the_turn():
     parser = StreamingParser()
     assert parser.feed("Look: " + hf("f", {})) == [Delta(content="Look: ")]
     assert parser.feed(EOT) == [Delta(index=0, name="f"), Delta(index=0, arguments="{}")]
+
+
+def test_a_function_tag_after_content_waits_too():
+    parser = StreamingParser()
+    assert parser.feed("Look: <function=f>{}</function>") == [Delta(content="Look: ")]
+    assert parser.feed(" is how.") == [Delta(content="<function=f>{}</function> is how.")]
+    assert parser.feed("`{") == [Delta(content="`{")]  # quoted: content at once
 
 
 def test_code_is_released_at_once():

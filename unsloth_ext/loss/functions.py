@@ -48,6 +48,7 @@ def cross_entropy(
             values = values + z_loss * rows * logits.logsumexp(-1).square()
         return values.masked_fill(bad, math.nan).sum(), rows.detach().sum()
 
+    function.compiles = True
     return function
 
 
@@ -63,6 +64,7 @@ def focal(*, gamma: float = 2.0, ignore_index: int = -100):
         values = -(rest**gamma) * logp * keep
         return values.masked_fill(bad, math.nan).sum(), keep.sum()
 
+    function.compiles = True
     return function
 
 
@@ -94,6 +96,7 @@ def token_logprobs(
             return chosen, -(logps.exp() * logps).sum(-1) * keep
 
     function.rowwise = True
+    function.compiles = True
     return function
 
 
@@ -109,6 +112,7 @@ def kl_divergence(teacher_head, *, temperature: float = 1.0, reverse: bool = Fal
         values = F.kl_div(b, a, log_target=True, reduction="none").sum(-1) * temperature**2
         return _masked(values, labels, ignore_index)
 
+    function.compiles = True
     return function
 
 
@@ -132,6 +136,7 @@ def jsd(teacher_head, *, beta: float = 0.5, temperature: float = 1.0, ignore_ind
             values = values + (1 - beta) * F.kl_div(mixed, student, log_target=True, reduction="none")
         return _masked(values.sum(-1), labels, ignore_index)
 
+    function.compiles = True
     return function
 
 
@@ -151,6 +156,7 @@ def mse(teacher_head=None):
             raise ValueError(f"target has shape {list(target.shape)}, the logits {list(logits.shape)}")
         return (logits - target).square().sum(), logits.numel()
 
+    function.compiles = True
     return function
 
 

@@ -33,12 +33,13 @@ def folder_of(package: str) -> Path | None:
 
 
 def release_in(folder: Path) -> str | None:
-    """The version that a package folder says of itself, e.g. "2026.10.9"."""
+    """The version that a package folder says of itself, e.g. "2026.10.9", or that its installer wrote down beside it."""
     for name in _VERSION_FILES:
         file = folder / name
         if file.is_file() and (found := _VERSION.search(file.read_text(encoding="utf-8", errors="replace"))):
             return found.group(1)
-    return None
+    infos = sorted(folder.parent.glob(f"{folder.name}-*.dist-info"))
+    return infos[0].name.removesuffix(".dist-info").partition("-")[2] if len(infos) == 1 else None
 
 
 def installed_release(package: str) -> str | None:

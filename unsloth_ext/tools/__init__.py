@@ -18,7 +18,7 @@ _WHERE = {
     "segments": "reference",
     "chat_template": "templates",
     "installed_template": "templates",
-    "strip_generation_markers": "templates",
+    "strip_generation_markers": "llama_template",
     "apply_edits": "llama_template",
     "Encoded": "encoding",
     "encode": "encoding",

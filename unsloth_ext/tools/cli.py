@@ -15,13 +15,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .profiles import PROFILES
+from .terminal import visible
 
 _SPELLED = re.compile(
     r"<\|(?:begin_of_text|end_of_text|finetune_right_pad_id|start_header_id|end_header_id|eom_id|eot_id|python_tag"
     r"|step_id|image|reserved_special_token_\d+)\|>"
 )
-# Control characters other than tab and line feed, as the pictures that Unicode has for them: a text may not drive the terminal.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421, 0x9B: 0xFFFD}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -46,6 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             "--tools", type=Path, metavar="FILE", help="a JSON list of tools, for rows without their own"
         )
         command.add_argument("--builtin-tools", metavar="NAMES", help="for example brave_search,code_interpreter")
+        command.add_argument(
+            "--ignore", metavar="KEYS", help="keys of messages whose text may be left out, as source,lang"
+        )
         command.add_argument("--date", metavar="DATE", help="today's date for the model; 'none' leaves it out")
         command.add_argument("--tokenizer", metavar="PATH", help="a Llama 3 tokenizer: count tokens, use its template")
         command.add_argument("--limit", type=int, metavar="N", help="only the first N conversations")
@@ -98,7 +100,7 @@ def _conversations(args: argparse.Namespace) -> Iterator[_Conversation]:
     tokenizer, base_template = _tokenizer(args.tokenizer)
     options = {
         "profile": args.profile,
-        "builtin_tools": [name.strip() for name in (args.builtin_tools or "").split(",") if name.strip()],
+        "builtin_tools": _names(args.builtin_tools),
         "date_string": False if args.date == "none" else args.date,
         "base_template": base_template,
     }
@@ -108,7 +110,7 @@ def _conversations(args: argparse.Namespace) -> Iterator[_Conversation]:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                yield _conversation(number, line, tools, tokenizer, options)
+                yield _conversation(number, line, tools, tokenizer, _names(args.ignore), options)
                 seen += 1
                 if seen == args.limit:
                     break
@@ -118,9 +120,11 @@ def _conversations(args: argparse.Namespace) -> Iterator[_Conversation]:
         raise UsageError(f"{args.file} holds no conversation.", "One JSON value a line: a list of messages, or a row.")
 
 
-def _conversation(number: int, line: str, tools: list | None, tokenizer, options: dict) -> _Conversation:
+def _conversation(
+    number: int, line: str, tools: list | None, tokenizer, ignore: list[str], options: dict
+) -> _Conversation:
     from .encoding import encode_segments
-    from .messages import problems, without_filling
+    from .messages import normalize, problems
     from .profiles import profile_named
     from .reference import segments
 
@@ -134,11 +138,10 @@ def _conversation(number: int, line: str, tools: list | None, tokenizer, options
         messages = row
         if isinstance(row, dict):
             messages = row.get("messages") if row.get("messages") is not None else row.get("conversations")
-            own = row.get("tools")
-            own = json.loads(own) if isinstance(own, str) and own.strip() else own
-            tools = without_filling(own) if own else tools
-        conversation.problems = [str(problem) for problem in problems(messages, tools=tools)]
+            tools = _own_tools(row) or tools
+        conversation.problems = [str(problem) for problem in problems(messages, tools=tools, ignore=ignore)]
         if not conversation.problems:
+            messages = normalize(messages, tools=tools, ignore=ignore)
             conversation.parts = segments(messages, tools=tools, **options)
     except (ValueError, TypeError, RecursionError) as error:
         conversation.problems.append(str(error))
@@ -154,6 +157,30 @@ def _conversation(number: int, line: str, tools: list | None, tokenizer, options
             raise UsageError(str(error)) from error
         conversation.tokens, conversation.trained_tokens = len(encoded.input_ids), sum(encoded.assistant_mask)
     return conversation
+
+
+def _names(listed: str | None) -> list[str]:
+    return [name.strip() for name in (listed or "").split(",") if name.strip()]
+
+
+def _own_tools(row: dict) -> list | None:
+    """The tools of a row, as a list or as the JSON of one. Raises ValueError that names the field."""
+    from .messages import without_filling
+
+    own = row.get("tools")
+    if isinstance(own, str) and own.strip():
+        try:
+            own = json.loads(own)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the row's tools: {row['tools']!r:.80} is not valid JSON ({error})") from error
+    if own is None or own == [] or (isinstance(own, str) and not own.strip()):
+        return None
+    if not isinstance(own, list):
+        raise ValueError(f"the row's tools: {own!r:.80} is no list of tool schemas, nor the JSON of one")
+    try:
+        return without_filling(own)
+    except RecursionError:
+        raise ValueError("the row's tools: they are nested too deeply") from None
 
 
 def _tools(path: Path) -> list:
@@ -190,7 +217,7 @@ def _render(args: argparse.Namespace) -> int:
     for conversation in _conversations(args):
         failed += bool(conversation.problems)
         if args.json:
-            print(json.dumps(conversation.as_dict(), ensure_ascii=False))
+            print(_json(conversation.as_dict()))
             continue
         _heading(conversation)
         if sys.stdout.isatty():
@@ -207,12 +234,7 @@ def _check(args: argparse.Namespace) -> int:
         failed += bool(conversation.problems)
         hostile += bool(conversation.hostile)
         if args.json:
-            print(
-                json.dumps(
-                    {k: v for k, v in conversation.as_dict().items() if k not in ("text", "trained")},
-                    ensure_ascii=False,
-                )
-            )
+            print(_json({k: v for k, v in conversation.as_dict().items() if k not in ("text", "trained")}))
         elif conversation.problems or conversation.hostile:
             _heading(conversation)
     if not args.json:
@@ -236,7 +258,12 @@ def _heading(conversation: _Conversation) -> None:
 
 
 def _printable(text: str) -> str:
-    return text.translate(_PICTURES) if sys.stdout.isatty() else text
+    return visible(text) if sys.stdout.isatty() else text
+
+
+def _json(found: dict) -> str:
+    """Readable, but on a terminal, which the text of a row could drive."""
+    return json.dumps(found, ensure_ascii=sys.stdout.isatty())
 
 
 def _print_coloured(parts: list) -> None:

@@ -1,5 +1,6 @@
 """A conversation as token ids, with the assistant's mask, the way Meta's `ChatFormat` encodes: control tokens by their id, and
-everything that people, tools or the model wrote as plain text, whatever it spells.
+everything that people, tools or the model wrote as plain text, even where it spells one. Tokens that are no control tokens of
+Llama 3, such as a `<think>` that you added, are tokens in it as they are everywhere.
 
 Plain text that the rendered string would hold in one stretch is encoded in one stretch (only a control token ends it), so where
 nothing spells a control token the ids are those of tokenizing the rendered string. `chatformat` encodes piece by piece, as its
@@ -8,12 +9,19 @@ source does: a text that begins with a line break is then not merged with the he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 from .profiles import DateString, profile_named
 from .reference import Segment, segments
+from .special_tokens import SPECIAL_TOKENS
+
+# Control tokens that only some of the vocabularies have, at ids of their own.
+_SOMETIMES = ("<|step_id|>", "<|image|>")
+CONTROL_NAMES = (*SPECIAL_TOKENS, *_SOMETIMES)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ def encode_segments(tokenizer, parts: Sequence[Segment], *, piecewise: bool = Fa
     A token is trained if any of its characters is.
     """
     ids, mask, spans, text = [], [], [], "".join(part.text for part in parts)
+    plain_text_ids = plain_text_encoder(tokenizer)
     start = 0
     for is_control, group in groupby(parts, lambda part: part.kind == "control"):
         group = list(group)
@@ -79,7 +88,7 @@ def encode_segments(tokenizer, parts: Sequence[Segment], *, piecewise: bool = Fa
             if is_control:
                 new_ids, offsets = [control_id(tokenizer, written)], [(0, len(written))]
             else:
-                new_ids, offsets = plain_text_ids(tokenizer, written)
+                new_ids, offsets = plain_text_ids(written)
             trained, end = [], 0
             for part in stretch:
                 trained.append((end, end + len(part.text), part.trained))
@@ -93,19 +102,67 @@ def encode_segments(tokenizer, parts: Sequence[Segment], *, piecewise: bool = Fa
     return Encoded(ids, mask, text, spans)
 
 
-def plain_text_ids(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a text in which nothing is a special token, and where each token stands in it."""
-    if not text:
-        return [], []
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,  # longer than the model is no news here: the caller cuts
+def control_tokens(tokenizer) -> frozenset[str]:
+    """The names of Llama 3's control tokens that the tokenizer has, at their ids. Neither reserved slots nor added tokens are."""
+    lookup = tokenizer._tokenizer.token_to_id
+    here = [name for name, token_id in SPECIAL_TOKENS.items() if lookup(name) == token_id]
+    return frozenset((*here, *(name for name in _SOMETIMES if lookup(name) is not None)))
+
+
+def plain_text_encoder(tokenizer) -> Callable[[str], tuple[list[int], list[tuple[int, int]]]]:
+    """A function from a text to its ids, none of them a control token, and to where each token stands in the text.
+
+    Tokens that are no control tokens of Llama 3 (those that the user added, reserved slots) are found as ever. The function
+    works on a tokenizer of its own, so that it can be called from threads and leaves the user's as it is.
+    """
+    backend = tokenizer._tokenizer
+    control = control_tokens(tokenizer)
+    added = sorted(backend.get_added_tokens_decoder().items())
+    state = (control, tuple((token_id, repr(token)) for token_id, token in added))
+    with _LOCK:
+        known = _ENCODERS.get(tokenizer)
+        if known is None or known[0] is not backend or known[1] != state:
+            known = _ENCODERS[tokenizer] = (backend, state, _plain_text_backend(backend, control, added))
+    encode = known[2].encode
+
+    def plain_text_ids(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not text:
+            return [], []
+        encoding = encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    return plain_text_ids
+
+
+# By tokenizer, not as an attribute of it: pickles and the hashes that `datasets` takes of them stay the same.
+_ENCODERS: WeakKeyDictionary = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _plain_text_backend(backend, control: Collection[str], added):
+    """A Rust tokenizer that shares the model with `backend` (it is only read), but takes control tokens for text.
+
+    The library leaves out the tokens that are marked special, or none: so here only the control tokens are.
+    """
+    from tokenizers import AddedToken
+
+    private = type(backend)(backend.model)
+    private.normalizer, private.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    private.post_processor = backend.post_processor  # adds nothing here, but trims the offsets
+    kept = ("single_word", "lstrip", "rstrip", "normalized")
+    private.add_tokens(
+        [
+            AddedToken(token.content, special=token.content in control, **{name: getattr(token, name) for name in kept})
+            for _, token in added
+        ]
     )
-    return list(encoding["input_ids"]), [tuple(offset) for offset in encoding["offset_mapping"]]
+    private.encode_special_tokens = True
+    names = {token_id: token.content for token_id, token in private.get_added_tokens_decoder().items()}
+    if names != {token_id: token.content for token_id, token in added}:
+        raise ValueError(
+            "the tokenizer's added tokens do not follow its vocabulary without a gap; they cannot be copied"
+        )
+    return private
 
 
 def control_id(tokenizer, name: str) -> int:

@@ -4,36 +4,40 @@ A chat template joins everything to one string, and the tokenizer finds special 
 who writes `<|eot_id|><|start_header_id|>system<|end_header_id|>` has opened a system turn. Meta's own `ChatFormat` is safe, since
 it encodes content apart from the control tokens.
 
-`install_guard` gives a tokenizer an `apply_chat_template` that does the same. Where no string of the conversation, the tools or
-the template's other arguments spells a special token, the call goes straight to transformers. Where one does, every character
-that could begin a special token is marked in all of those strings, the template runs, and what is spelled without a mark is the
-template's own:
+`install_guard` gives a tokenizer an `apply_chat_template` that does the same for Llama 3's control tokens. Other special tokens,
+which you added or which are reserved slots, are what they were. In the assistant's own content only the tokens that open a turn
+are guarded: a data set that writes `<|python_tag|>` or `<|eom_id|>` there trains on them.
 
-- `tokenize=True`: control tokens by id, the rest as plain text. The ids are those of `encoding.encode`, and the assistant's
-  mask covers what the template marks, never a forged turn.
+Where no string of the conversation, the tools or the template's other arguments spells a control token, the call goes straight to
+transformers. Where one does, every character that could begin one is marked in those strings, the template runs, and what is
+spelled without a mark is the template's own (or the assistant's):
+
+- `tokenize=True`: control tokens by id, the rest as plain text, and the assistant's mask covers what the template marks, never a
+  forged turn. The ids are those of `encoding.encode`, but for control tokens in the assistant's content, which that takes as text.
 - `tokenize=False`: a string cannot say which of two equal spellings is real, so a forged one gets a zero width space (U+200B)
-  after its first character. It looks the same and does not tokenize to a special token.
+  after its first character. It looks the same and does not tokenize to a special token, but it is another text.
 
 A template that looks into the content of messages (`'<think>' in content`) sees the marks, in such a conversation only. The
-default system message and the words of the template are trusted. The processor of a vision model renders by itself and is
-not guarded.
+default system message and the words of the template are trusted. Arrays (rows of pandas, Arrow or numpy) are read as lists; what
+cannot be looked into is refused. The processor of a vision model renders by itself and is not guarded.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-import re
-import secrets
 import warnings
-from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 
-from .encoding import control_id, plain_text_ids
+from .encoding import control_id, control_tokens, plain_text_encoder
 from .special_tokens import SPECIAL_TOKENS
+from .tokenizer_class import Extension, extend, take_off
+from .untrusted import Rendered, _Unfamiliar, as_plain, marked, new_mark, spells_control_tokens
 
-SUBSTITUTE = "\u200b"
 ENVIRONMENT_VARIABLE = "UNSLOTH_EXT_INJECTION_GUARD"  # 0 turns it off, for every tokenizer
 _NEEDED = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_DATA = ("conversation", "tools", "documents")
+_TRUSTED = ("chat_template", "tokenizer_kwargs")
 
 
 def install_guard(tokenizer):
@@ -52,120 +56,172 @@ def install_guard(tokenizer):
         token_id = tokenizer.convert_tokens_to_ids(name)
         if token_id != SPECIAL_TOKENS[name]:
             raise ValueError(f"{name} has the id {token_id}, not {SPECIAL_TOKENS[name]}: this is no Llama 3 vocabulary")
-    tokenizer.__class__ = _guarded_class(type(tokenizer))
-    return tokenizer
+    return extend(tokenizer, Guarded)
 
 
 def remove_guard(tokenizer):
     """Take the guard out again; gives the tokenizer. Nothing happens to one that has none."""
-    if is_guarded(tokenizer):
-        tokenizer.__class__ = type(tokenizer).__mro__[2]
-    return tokenizer
+    return take_off(tokenizer, Guarded)
 
 
 def is_guarded(tokenizer) -> bool:
-    return isinstance(tokenizer, _Guarded)
+    return isinstance(tokenizer, Guarded)
 
 
-class _Guarded:
-    """Comes before the tokenizer's own class. A class and not an attribute: `copy.copy` then binds the copy, not the original."""
-
+class Guarded(Extension):
     def apply_chat_template(self, conversation, *args, guard: bool = True, **kwargs):
         original = super().apply_chat_template
         if not guard or os.environ.get(ENVIRONMENT_VARIABLE, "1").lower() in ("0", "false", "off", "no"):
             return original(conversation, *args, **kwargs)
         return _apply(self, original, conversation, args, kwargs)
 
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time, so a pickle cannot name it: it names the tokenizer's own class.
-        construct, (_, *arguments), *rest = super().__reduce_ex__(2)
-        return _make, (construct, type(self).__mro__[2], *arguments), *rest
-
-
-def _make(construct, own_class, *arguments):
-    return construct(_guarded_class(own_class), *arguments)
-
-
-@cache
-def _guarded_class(own_class: type) -> type:
-    # The same name, since save_pretrained writes it down.
-    names = {"__module__": own_class.__module__, "__qualname__": own_class.__qualname__, "__doc__": own_class.__doc__}
-    return type(own_class.__name__, (_Guarded, own_class), names)
-
 
 def _apply(tokenizer, original, conversation, args, kwargs):
-    import inspect
+    if args:  # then only the signature knows which is what
+        given = _bound(original, conversation, args, kwargs)
+        data = {name: given[name] for name in _DATA} | given["kwargs"]
+    else:
+        data = {name: value for name, value in kwargs.items() if name not in _TRUSTED}
+        data["conversation"] = conversation
+    try:
+        if not spells_control_tokens(data):
+            return original(conversation, *args, **kwargs)
+    except _Unfamiliar:
+        pass
 
-    bound = inspect.signature(original).bind(conversation, *args, **kwargs)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
-    template_kwargs = given.pop("kwargs", {})
-    untrusted = {key: given.get(key) for key in ("conversation", "tools", "documents")} | {"kwargs": template_kwargs}
-    untrusted["tools"] = _as_schemas(untrusted["tools"])
-    untrusted["conversation"] = _as_messages(untrusted["conversation"])
-    special = _special_tokens(tokenizer)
-    if not any(special.could_begin(text) for text in _strings(untrusted)):
-        return original(conversation, *args, **kwargs)
+    given = _bound(original, conversation, args, kwargs)
+    template_kwargs = as_plain(given.pop("kwargs"))
+    given["conversation"] = as_plain(_as_messages(given["conversation"]))
+    given["tools"] = as_plain(_as_schemas(given["tools"]))
+    given["documents"] = as_plain(given["documents"])
+    untrusted = {name: given[name] for name in _DATA} | {"kwargs": template_kwargs}
+    if not spells_control_tokens(_without_objects(untrusted)):
+        return original(**given, **template_kwargs)
 
-    # The same text each time, so that Python shows it once and not for every row of a dataset.
-    warnings.warn(
-        "A conversation spells special tokens of Llama 3. They are taken as plain text; pass guard=False to "
-        "apply_chat_template if they are meant.",
-        stacklevel=3,
-    )
-    mark = _mark(untrusted)
-    marked = _marked(untrusted, special.first_characters, mark)
-    given |= {key: marked[key] for key in ("conversation", "tools", "documents")}
-    template_kwargs = marked["kwargs"]
-    if not given["tokenize"]:
-        rendered = original(**given, **template_kwargs)
-        return (
-            [special.defused(one, mark) for one in rendered]
-            if isinstance(rendered, list)
-            else special.defused(rendered, mark)
-        )
-    return _tokenized(tokenizer, special, mark, original, given, template_kwargs)
-
-
-def _tokenized(tokenizer, special, mark, original, given, template_kwargs):
-    wants_mask, wants_dict = given["return_assistant_tokens_mask"], given["return_dict"]
-    if wants_mask and not wants_dict:
-        raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
+    mark = new_mark(untrusted)
+    untrusted = marked(untrusted, mark)
+    template_kwargs = untrusted.pop("kwargs")
+    given |= untrusted
+    control = control_tokens(tokenizer)
     conversation = given["conversation"]
     is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-    if wants_mask:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if given["continue_final_message"]:
-            raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask.")
-        rendered, generated = render_jinja_template(
-            conversations=conversation if is_batched else [conversation],
-            tools=given["tools"],
-            documents=given["documents"],
-            chat_template=tokenizer.get_chat_template(given["chat_template"], given["tools"]),
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=given["add_generation_prompt"],
-            **{**tokenizer.special_tokens_map, **template_kwargs},
+    texts, generated = _rendered(tokenizer, original, is_batched, given, template_kwargs)
+    rendered = [Rendered(text, mark, control) for text in texts]
+    if any(one.is_forged() for one in rendered):
+        # The same text each time, so that Python shows it once and not for every row of a dataset.
+        what = "are taken as plain text" if given["tokenize"] else (
+            "hold a zero width space (U+200B) in the text that you get, so that they are none: it is not what the conversation "
+            "says to the letter. tokenize=True needs no such change"
+        )  # fmt: skip
+        warnings.warn(
+            "A conversation spells special tokens of Llama 3 where they have no meaning. They "
+            f"{what}. Pass guard=False to apply_chat_template if they are meant.",
+            stacklevel=3,
         )
-    else:
+    if not given["tokenize"]:
+        return [one.defused() for one in rendered] if is_batched else rendered[0].defused()
+    return _tokenized(tokenizer, rendered, generated, is_batched, given)
+
+
+@lru_cache(maxsize=8)
+def _signature(function) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _bound(original, conversation, args, kwargs) -> dict:
+    """Every argument of the call by its name; the template's own are in `kwargs`."""
+    bound = _signature(original.__func__).bind(None, conversation, *args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    del given["self"]
+    return {"kwargs": {}, **given}
+
+
+def _as_schemas(tools):
+    if not isinstance(tools, (list, tuple)):
+        return tools
+    from transformers.utils import get_json_schema
+
+    return [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+
+
+def _as_messages(conversation):
+    if hasattr(conversation, "messages"):
+        return conversation.messages
+    if isinstance(conversation, (list, tuple)):
+        return [getattr(one, "messages", one) for one in conversation]
+    return conversation
+
+
+def _without_objects(value):
+    """Plain data without the functions, dates and media in it, which hold no text."""
+    if isinstance(value, dict):
+        return {key: _without_objects(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_objects(inner) for inner in value]
+    return str(value) if isinstance(value, str) else None
+
+
+def _rendered(tokenizer, original, is_batched, given, template_kwargs):
+    """The texts, and for each the (start, end) of what the assistant said, where the mask is asked for."""
+    conversation = given["conversation"]
+    if not (given["tokenize"] and given["return_assistant_tokens_mask"]):
         rendered = original(**{**given, "tokenize": False, "return_dict": False}, **template_kwargs)
         rendered = rendered if is_batched else [rendered]
-        generated = [()] * len(rendered)
+        return rendered, [()] * len(rendered)
+    from transformers.utils.chat_template_utils import render_jinja_template
 
+    if not given["return_dict"]:
+        raise ValueError("`return_assistant_tokens_mask=True` requires `return_dict=True` and `tokenize=True`")
+    if given["continue_final_message"]:
+        raise ValueError("continue_final_message is not compatible with return_assistant_tokens_mask.")
+    return render_jinja_template(
+        conversations=conversation if is_batched else [conversation],
+        tools=given["tools"],
+        documents=given["documents"],
+        chat_template=tokenizer.get_chat_template(given["chat_template"], given["tools"]),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=given["add_generation_prompt"],
+        **{**tokenizer.special_tokens_map, **template_kwargs},
+    )
+
+
+def _tokenized(tokenizer, rendered, generated, is_batched, given):
+    wants_mask, wants_dict = given["return_assistant_tokens_mask"], given["return_dict"]
     options = dict(given["tokenizer_kwargs"] or {})
     length = given["max_length"] or options.pop("max_length", None)
     truncation = options.pop("truncation", given["truncation"])
     limit = None if truncation in (False, None, "do_not_truncate") else length or tokenizer.model_max_length
-    side = tokenizer.truncation_side
+    encode = plain_text_encoder(tokenizer)
     rows = []
-    for text, spans in zip(rendered, generated, strict=True):
-        ids, mask = _ids_and_mask(tokenizer, special, mark, text, spans)
+    for one, spans in zip(rendered, generated, strict=True):
+        ids, mask = _ids_and_mask(tokenizer, encode, one, spans)
         if limit is not None and len(ids) > limit:
-            kept = slice(None, limit) if side == "right" else slice(len(ids) - limit, None)
+            kept = slice(None, limit) if tokenizer.truncation_side == "right" else slice(len(ids) - limit, None)
             ids, mask = ids[kept], mask[kept]
         rows.append((ids, mask))
     out = _padded(tokenizer, rows, is_batched, length, wants_mask, given, options)
     return out if wants_dict else out["input_ids"]
+
+
+def _ids_and_mask(tokenizer, encode, rendered: Rendered, generated):
+    """Ids of a marked text, and 1 for each token that has a character in a `generated` span of it."""
+    ids, mask = [], []
+    for start, piece, is_control in rendered.pieces():
+        if is_control:
+            new_ids, places = [control_id(tokenizer, piece)], [(start, start + len(piece))]
+        else:
+            plain, shifted = rendered.unmarked(piece)
+            new_ids, offsets = encode(plain)
+            if not generated:
+                offsets = ()
+            places = [(start + shifted(first), start + shifted(last - 1) + 1) for first, last in offsets]
+        ids += new_ids
+        if generated:
+            mask += [int(any(first < end and begin < last for begin, end in generated)) for first, last in places]
+        else:
+            mask += [0] * len(new_ids)
+    return ids, mask
 
 
 def _padded(tokenizer, rows, is_batched, length, wants_mask, given, options):
@@ -199,122 +255,3 @@ def _padded(tokenizer, rows, is_batched, length, wants_mask, given, options):
 def _padded_mask(mask: list[int], length: int, side: str) -> list[int]:
     filling = [0] * (length - len(mask))
     return filling + mask if side == "left" else mask + filling
-
-
-def _ids_and_mask(tokenizer, special, mark, text, generated):
-    """Ids of a marked string, and 1 for each token that has a character in a `generated` span of it."""
-    ids, mask = [], []
-    for start, piece, is_control in special.split(text):
-        if is_control:
-            new_ids, places = [control_id(tokenizer, piece)], [(start, start + len(piece))]
-        else:
-            plain, shifts = _unmarked(piece, mark)
-            new_ids, offsets = plain_text_ids(tokenizer, plain)
-            places = [(start + shifts(first), start + shifts(last - 1) + 1) for first, last in offsets]
-        ids += new_ids
-        mask += [int(any(first < end and begin < last for begin, end in generated)) for first, last in places]
-    return ids, mask
-
-
-def _unmarked(piece: str, mark: str):
-    """The text without marks, and a function from a place in it to the place in `piece`."""
-    from bisect import bisect_right
-
-    stretches = piece.split(mark)
-    starts, total = [], 0
-    for stretch in stretches:
-        starts.append(total)
-        total += len(stretch)
-    return "".join(stretches), lambda place: place + len(mark) * (bisect_right(starts, place) - 1)
-
-
-class _SpecialTokens:
-    """The special tokens of a tokenizer, found in a text."""
-
-    def __init__(self, tokens: tuple[str, ...]):
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
-        self.first_characters = re.compile("[" + re.escape("".join(sorted({token[0] for token in tokens}))) + "]")
-        self.beginnings = {token[:end] for token in tokens for end in range(1, len(token))}
-        self.longest = max(map(len, tokens))
-
-    def could_begin(self, text: str) -> bool:
-        """Does the text spell a token, or end in the beginning of one, which what comes after it could complete?"""
-        if not self.first_characters.search(text):
-            return False
-        ends = (text[-length:] for length in range(1, min(self.longest, len(text) + 1)))
-        return self.pattern.search(text) is not None or any(end in self.beginnings for end in ends)
-
-    def split(self, text: str):
-        """(start, piece, is a control token?) for each piece of a marked text."""
-        place = 0
-        for found in self.pattern.finditer(text):
-            if found.start() > place:
-                yield place, text[place : found.start()], False
-            yield found.start(), found.group(), True
-            place = found.end()
-        if place < len(text):
-            yield place, text[place:], False
-
-    def defused(self, text: str, mark: str) -> str:
-        """The marked text as a plain string in which only the template's own tokens are spelled."""
-        pieces = []
-        for _, piece, is_control in self.split(text):
-            if not is_control:
-                piece = piece.replace(mark, "")
-                piece = self.pattern.sub(lambda found: found.group()[0] + SUBSTITUTE + found.group()[1:], piece)
-            pieces.append(piece)
-        return "".join(pieces)
-
-
-@lru_cache(maxsize=8)
-def _of_tokens(tokens: tuple[str, ...]) -> _SpecialTokens:
-    return _SpecialTokens(tokens)
-
-
-def _special_tokens(tokenizer) -> _SpecialTokens:
-    added = tokenizer.added_tokens_decoder.values()
-    return _of_tokens(tuple(sorted({token.content for token in added if token.special and token.content})))
-
-
-def _as_schemas(tools):
-    if tools is None:
-        return None
-    from .messages import tool_schemas
-
-    return tool_schemas(tools) or tools
-
-
-def _as_messages(conversation):
-    if hasattr(conversation, "messages"):
-        return conversation.messages
-    if isinstance(conversation, (list, tuple)):
-        return [getattr(one, "messages", one) for one in conversation]
-    return conversation
-
-
-def _strings(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def _mark(untrusted) -> str:
-    # ASCII letters: it passes through JSON and through every filter of a template as it is.
-    while any((mark := secrets.token_hex(8)) in text for text in _strings(untrusted)):
-        pass
-    return mark
-
-
-def _marked(value, characters, mark: str):
-    if isinstance(value, str):
-        return characters.sub(lambda found: found.group() + mark, value)
-    if isinstance(value, Mapping):
-        return {_marked(key, characters, mark): _marked(inner, characters, mark) for key, inner in value.items()}
-    return [_marked(inner, characters, mark) for inner in value] if isinstance(value, (list, tuple)) else value

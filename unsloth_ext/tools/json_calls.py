@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .parsed_message import MAX_NAME_CHARS
-from .scanning import read_object
+from .scanning import DONE, CallScanner
 
 _MARKS = frozenset(("type", "function", "id", "index"))
 _FUNCTION = frozenset(("name", "parameters", "arguments"))
@@ -63,9 +63,16 @@ def call_of_object(value: object, *, strict: bool, explicit: bool) -> tuple[tupl
         return None, "a call has both parameters and arguments"
     arguments = body[given[0]] if given else {}
     if isinstance(arguments, str) and not strict:
-        arguments = read_object(arguments, strict) if arguments.strip() else {}
+        arguments = _read_object(arguments, strict) if arguments.strip() else {}
     if arguments is None and given and body[given[0]] is None:
         arguments = {}
     if not isinstance(arguments, dict):
         return None, "a call's arguments must be an object"
     return (name, arguments), None
+
+
+def _read_object(text: str, strict: bool) -> dict | None:
+    """The object that `text` holds and nothing else; None where it holds something else."""
+    scanner = CallScanner("object", strict=strict)
+    end = scanner.feed(text, 0)
+    return scanner.value[0][1] if scanner.status is DONE and not text[end:].strip() else None

@@ -8,7 +8,8 @@ spelling of the template at hand, where Python may have made line breaks of them
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 
@@ -52,21 +53,58 @@ EDITS = (
     ),
     Edit("missing arguments and flat calls", "{{- tool_call.arguments | tojson }}", "{{- arguments | tojson }}"),
     Edit("missing arguments and flat calls", "in tool_call.arguments | items %}", "in arguments | items %}"),
+    # Jinja cannot parse it, so it stands as it is; what is no object at all would be no call.
     Edit(
         "arguments as a JSON string",
         "{{- arguments | tojson }}",
-        "{{- arguments if arguments is string else arguments | tojson }}",
+        "{%- if arguments is mapping %}\n"
+        "                {{- arguments | tojson }}\n"
+        "            {%- elif arguments is string and (arguments | trim)[:1] == '{' and (arguments | trim)[-1:] == '}' %}\n"
+        "                {{- arguments | trim }}\n"
+        "            {%- else %}\n"
+        '                {{- raise_exception("The arguments of a call must be an object, or the JSON of one!") }}\n'
+        "            {%- endif %}",
     ),
+    # Arrow gives the arguments of a call those of all other calls, as None. A null that is meant stands in a JSON string.
+    Edit(
+        "arguments that are none",
+        "{#- This block extracts the system message",
+        "{#- JSON without the keys whose value is none #}\n"
+        "{%- macro json_of(value) %}\n"
+        "    {%- if value is mapping %}\n"
+        "        {{- '{' }}\n"
+        "        {%- for key, inner in value | items if inner is not none %}\n"
+        "            {{- ', ' if not loop.first else '' }}\n"
+        "            {{- key | string | tojson + ': ' }}\n"
+        "            {{- json_of(inner) }}\n"
+        "        {%- endfor %}\n"
+        "        {{- '}' }}\n"
+        "    {%- elif value is iterable and value is not string %}\n"
+        "        {{- '[' }}\n"
+        "        {%- for inner in value %}\n"
+        "            {{- ', ' if not loop.first else '' }}\n"
+        "            {{- json_of(inner) }}\n"
+        "        {%- endfor %}\n"
+        "        {{- ']' }}\n"
+        "    {%- else %}\n"
+        "        {{- value | tojson }}\n"
+        "    {%- endif %}\n"
+        "{%- endmacro %}\n"
+        "{#- This block extracts the system message",
+    ),
+    Edit("arguments that are none", "{{- arguments | tojson }}", "{{- json_of(arguments) }}"),
+    Edit("arguments that are none", "in arguments | items %}", "in arguments | items if arg_val is not none %}"),
     Edit(
         "escaped names",
         """'{"name": "' + tool_call.name + '", ' }}""",
-        """'{"name": ' + tool_call.name | tojson + ', ' }}""",
+        """'{"name": ' }}\n            {{- tool_call.name | tojson + ', ' }}""",
     ),
     # The value is a JSON string, so it cannot end its own quotes; a number is quoted too, as before.
     Edit(
         "builtin arguments",
         """{{- arg_name + '="' + arg_val + '"' }}""",
-        "{{- arg_name + '=' + (arg_val if arg_val is string else arg_val | tojson) | tojson }}",
+        "{{- arg_name + '=' }}\n"
+        "                {{- (arg_val if arg_val is string else arg_val | tojson) | tojson }}",
     ),
     # What follows the tag is the code that the tool runs.
     Edit(
@@ -74,9 +112,12 @@ EDITS = (
         '{{- "<|python_tag|>" + tool_call.name + ".call(" }}\n            {%- for arg_name',
         '{{- "<|python_tag|>" }}\n'
         "            {%- if tool_call.name == 'code_interpreter' %}\n"
-        "                {%- if arguments | list != ['code'] or arguments.code is not string %}\n"
+        "                {%- if arguments is not mapping or arguments.code is not string %}\n"
         '                    {{- raise_exception("code_interpreter takes one argument: code, a string") }}\n'
         "                {%- endif %}\n"
+        "                {%- for arg_name, arg_val in arguments | items if arg_val is not none and arg_name != 'code' %}\n"
+        '                    {{- raise_exception("code_interpreter takes one argument: code, a string") }}\n'
+        "                {%- endfor %}\n"
         "                {{- arguments.code }}\n"
         "            {%- else %}\n"
         '            {{- tool_call.name + ".call(" }}\n            {%- for arg_name',
@@ -192,11 +233,13 @@ def apply_edits(template: str, names: Collection[str] = EDIT_NAMES) -> str:
     unknown = set(names) - set(EDIT_NAMES)
     if unknown:
         raise ValueError(f"there are no edits named {sorted(unknown)}; there are {list(EDIT_NAMES)}")
+    return _edited(template, [edit for edit in EDITS if edit.name in names])
+
+
+def _edited(template: str, edits: Iterable[Edit]) -> str:
     spelled = "<|end_header_id|>\\n\\n" in template
-    trim = " | trim" if "message['content'] | trim" in template else ""
-    for edit in EDITS:
-        if edit.name not in names:
-            continue
+    trim = " | trim" if _TRIMMED.search(template) else ""
+    for edit in edits:
         old, new = (text.replace("<trim>", trim) for text in edit[1:])
         if not spelled:
             old, new = old.replace("\\n", "\n"), new.replace("\\n", "\n")
@@ -206,3 +249,44 @@ def apply_edits(template: str, names: Collection[str] = EDIT_NAMES) -> str:
             )
         template = template.replace(old, new)
     return template
+
+
+# -- generation markers --------------------------------------------------------------------------------------------------------
+
+_TRIMMED = re.compile(r"message\['content'\]\)? \| trim")
+_GENERATION = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+
+
+def strip_generation_markers(template: str) -> str:
+    """The template without `{% generation %}` tags, rendering the same text: for GGUF, Ollama and engines without that tag.
+
+    An empty comment takes the place of each, since it treats the white space around it as the tag did.
+    """
+    return _GENERATION.sub(r"{#\1 \2#}", template)
+
+
+# The markers of the other profiles' templates (template_text.py), which no edit has put there.
+_OWN_MARKERS = (
+    "{%- generation %}\n        {%- if message.tool_calls %}\n            {%- set tool_call",
+    "        {%- endif %}\n        {%- endgeneration %}\n    {%- elif message.role == 'tool'",
+)
+_PUT_BACK = (
+    tuple(edit._replace(old=strip_generation_markers(edit.new)) for edit in EDITS if edit.name == "generation markers"),
+    tuple(Edit("generation markers", strip_generation_markers(text), text) for text in _OWN_MARKERS),
+)
+
+
+def put_generation_markers_back(template: str) -> str | None:
+    """What `strip_generation_markers` made of one of our templates, with its markers; None for any other template."""
+    for edits in _PUT_BACK:
+        try:
+            return _edited(template, edits)
+        except ValueError:
+            continue
+    return None
+
+
+def as_exported(template: str) -> str:
+    """The template as other engines should get it: without markers if they are ours and can be put back, else as it is."""
+    without = strip_generation_markers(template)
+    return without if without != template and put_generation_markers_back(without) == template else template

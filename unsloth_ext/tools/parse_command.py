@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .terminal import visible
 
 _FIELDS = ("text", "completion", "response", "ids")
 
@@ -24,11 +25,17 @@ def add_parse_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse what is malformed (exit code 1)")
     parser.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of tools: marks calls of others")
     parser.add_argument("--tokenizer", metavar="PATH", help="for token ids")
+    parser.add_argument(
+        "--no-calls-after-content", action="store_true", help="after content, no call but one with its tag"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a turn")
 
 
 def run_parse(arguments: argparse.Namespace) -> int:
-    """Print the turns of the file. 1 if --strict refused one, else 0. Raises UsageError for what cannot be read."""
+    """Print the turns of the file. 1 if one was refused (by --strict, or for ids that are none), else 0.
+
+    Raises UsageError for what cannot be read.
+    """
     from .parsing import ParseError, parse
 
     tools = _tools(arguments.tools)
@@ -39,10 +46,19 @@ def run_parse(arguments: argparse.Namespace) -> int:
     refused = 0
     for line, turn in turns:
         try:
-            message = parse(turn, tokenizer=tokenizer, tools=tools, strict=arguments.strict)
-        except ParseError as error:
+            message = parse(
+                turn,
+                tokenizer=tokenizer,
+                tools=tools,
+                strict=arguments.strict,
+                calls_after_content=not arguments.no_calls_after_content,
+            )
+        except ValueError as error:
             refused += 1
-            _show({"line": line, "error": error.reason, "position": error.position}, arguments.json)
+            found = {"line": line, "error": str(error)}
+            if isinstance(error, ParseError):
+                found |= {"error": error.reason, "position": error.position}
+            _show(found, arguments.json)
             continue
         calls = [
             {"name": call.name, "arguments": call.arguments, **({} if call.known else {"known": False})}
@@ -58,7 +74,8 @@ def _show(found: dict, as_json: bool) -> None:
         return
     where = f"{found['line']}: " if found["line"] else ""
     if "error" in found:
-        print(f"{where}refused at character {found['position']}: {found['error']}")
+        place = f" at character {found['position']}" if "position" in found else ""
+        print(f"{where}refused{place}: {visible(found['error'])}")
         return
     # json.dumps keeps what a model wrote from driving the terminal.
     if found["content"] or not found["tool_calls"]:

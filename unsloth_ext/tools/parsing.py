@@ -13,7 +13,7 @@
 
 A call that is cut off is content. Code is a call however far it goes: with `stop` None, it may be cut off.
 JSON without a name and arguments is content. A call without arguments (`{"name": "f"}`) is one only after `<|python_tag|>`
-or with "type": "function". What may stand around calls: `streaming`. How values are read: `scanning`. Limits: `parsed_message`.
+or with "type": "function". Where calls may stand, and what no rule can tell: `streaming`. How values are read: `scanning`. Limits: `parsed_message`.
 
 Sources: the `llama-models` package (`llama3/tool_utils.py`, `llama3/chat_format.py`, the prompt-format documents of 3.1 and
 3.2); compared with vLLM's `llama3_json` and `pythonic` parsers, SGLang's `llama3` and `pythonic` detectors and trl's response
@@ -38,22 +38,29 @@ def parse(
     tokenizer: Any = None,
     tools: Sequence | None = None,
     strict: bool = False,
+    calls_after_content: bool = True,
 ) -> ParsedMessage:
     """One assistant turn.
 
     text_or_ids: what the model wrote, special tokens kept (`skip_special_tokens=False`); or its token ids (a list, an array
         or a tensor of one dimension), for which `tokenizer` is needed. Only ids tell a control token from text that spells
         one: a string argument that holds `<|eot_id|>` survives as ids, and ends the turn as text.
-    tools: JSON schemas, functions or names. A call of another tool has `known=False`; strict refuses it. Their names may
-        also be called as builtin tools are (`name.call(...)`).
+    tools: JSON schemas, functions or names. A call of another tool has `known=False`; after content it is content; strict
+        refuses it. Their names may also be called as builtin tools are (`name.call(...)`).
     strict: raises ParseError for a call that is malformed, cut off, unknown or followed by text, and for what `scanning`
         lists. Otherwise nothing that the model writes raises: what is no call is content, and what comes after the stop
         token is ignored.
+    calls_after_content: whether calls may follow content without `<|python_tag|>`, as the templates write them. With False a
+        call that the model only quotes at the end of its answer stays content.
+
+    Raises ValueError for what is neither a text nor ids of this tokenizer.
     """
-    parser = StreamingParser(tools, strict=strict)
+    parser = StreamingParser(tools, strict=strict, calls_after_content=calls_after_content)
     if isinstance(text_or_ids, str):
         parser.feed(text_or_ids)
         return parser.finish()
+    if isinstance(text_or_ids, (bytes, bytearray, memoryview)):
+        raise ValueError(f"text_or_ids must be a text or token ids, got {type(text_or_ids).__name__}; decode it first")
     if tokenizer is None:
         raise ValueError("tokenizer is needed to parse token ids; pass the model's, or pass text")
     parse_ids(parser, text_or_ids, tokenizer)
@@ -71,9 +78,7 @@ def parse_ids(parser: StreamingParser, ids: Sequence[int], tokenizer: Any) -> No
 
 def _pieces(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
     """The ids as text between control tokens."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not all(isinstance(token_id, int) for token_id in ids):
-        raise ValueError("text_or_ids must be a text or one sequence of token ids; parse a batch one by one")
+    ids = _checked(ids, tokenizer)
     names = control_ids(tokenizer)
     pieces: list[tuple[str, bool]] = []
     run: list[int] = []
@@ -89,6 +94,25 @@ def _pieces(ids: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]]:
         if token_id is not None:
             pieces.append((names[token_id], True))
     return pieces
+
+
+def _checked(ids: Any, tokenizer: Any) -> list[int]:
+    wanted = "text_or_ids must be a text or one sequence of token ids"
+    try:
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    except TypeError:
+        raise ValueError(f"{wanted}, got {type(ids).__name__}") from None
+    if not isinstance(ids, list):  # an array without dimensions
+        raise ValueError(f"{wanted}, got the number {ids!r}")
+    size = len(tokenizer)
+    for place, token_id in enumerate(ids):
+        if hasattr(token_id, "item") and getattr(token_id, "ndim", None) == 0:  # a list of numbers of NumPy or torch
+            ids[place] = token_id = token_id.item()
+        if type(token_id) is not int:
+            raise ValueError(f"{wanted}, got {token_id!r:.80} at place {place}; parse a batch one by one")
+        if not 0 <= token_id < size and not (size <= token_id < 2**31 and tokenizer.convert_ids_to_tokens(token_id)):
+            raise ValueError(f"text_or_ids[{place}] is {token_id}; the tokenizer has the ids 0 to {size - 1}")
+    return ids
 
 
 def control_ids(tokenizer: Any) -> dict[int, str]:

@@ -9,6 +9,10 @@
 
 A builtin tool is one that `builtin_tools` names: `<|python_tag|>brave_search.call(query="...")<|eom_id|>`, and for
 `code_interpreter` the code itself.
+
+Tools are listed as `json.dumps(tool, indent=4)`, as the installed template does. Meta's 3.1 document shows the same listing with
+other white space in the JSON (`"required": ["n"]` on one line), so a prompt of `meta-3.1` with `tools=` differs from it there, and
+only there.
 """
 
 from __future__ import annotations

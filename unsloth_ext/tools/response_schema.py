@@ -11,16 +11,24 @@ with the tokenizer, but it can express one way to open a call. So two things are
   Python's True / False / None (they come as text), other orders of the keys, builtin calls, code or `<function=...>`;
 - `parse_response` of this tokenizer object, which reads all forms with `parsing.parse`. Copies and pickles keep it;
   `save_pretrained` does not.
+
+`install_response_schema` does that for a profile that the caller names. `follow_chat_template` does it for whatever chat template
+the tokenizer has when it is asked: one that writes Llama 3.x's calls is answered as above, any other as transformers (and trl)
+would, so that a Llama 3 vocabulary with Qwen's template keeps Qwen's parser.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from .parsing import parse_ids
-from .profiles import profile_named
+from .profiles import PROFILES, profile_named
 from .streaming import StreamingParser
+from .tokenizer_class import Extension, extend, take_off
 
 _HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 _STOP = r"(?:<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>)\s*"
@@ -129,3 +137,83 @@ def remove_response_schema(tokenizer: Any) -> Any:
         del inner.parse_response
         inner.response_template = None
     return tokenizer
+
+
+class FollowsChatTemplate(Extension):
+    """A tokenizer whose `response_template` and `parse_response` are those of the chat template that it has at the moment."""
+
+    @property
+    def response_template(self):
+        given = vars(self).get("response_template")
+        # One that the user or the checkpoint has set holds, unless it is ours that was saved: that may be of another template.
+        if given is not None and (isinstance(vars(self).get("parse_response"), ParseResponse) or not _is_ours(given)):
+            return given
+        profile = profile_of(self.chat_template)
+        return None if profile is None else response_template(profile)
+
+    @response_template.setter
+    def response_template(self, value):
+        vars(self)["response_template"] = value
+
+    def parse_response(self, response, schema=None, **options):
+        given = vars(self).get("response_template")
+        if schema is None and (given is None or _is_ours(given)) and profile_of(self.chat_template) is not None:
+            return ParseResponse(self)(response, **options)
+        return super().parse_response(response, schema, **options)
+
+
+def follow_chat_template(tokenizer: Any) -> Any:
+    """Let the tokenizer's responses be read as its chat template writes calls; gives the tokenizer. Twice is as once."""
+    return extend(tokenizer, FollowsChatTemplate)
+
+
+def follow_no_longer(tokenizer: Any) -> Any:
+    """Take that out again."""
+    return take_off(tokenizer, FollowsChatTemplate)
+
+
+def _is_ours(template: Any) -> bool:
+    return any(template == response_template(profile) for profile in PROFILES)
+
+
+_CLOSED = r"(?:<\|eot_id\|>|<\|eom_id\|>)"
+_WRITTEN = re.compile(r"(?P<tag><\|python_tag\|>)?(?P<call>\{.*\}|\[.*\])" + _CLOSED, re.DOTALL)
+
+
+def profile_of(chat_template: Any) -> str | None:
+    """The profile whose calls a chat template writes, found by rendering one; None for another format or no template.
+
+    chat_template: the text, or a dict of texts by name (then the one that is taken for tools).
+    """
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("tool_use", chat_template.get("default"))
+    return _profile_of(chat_template) if isinstance(chat_template, str) else None
+
+
+@lru_cache(maxsize=16)
+def _profile_of(chat_template: str) -> str | None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    call = {"type": "function", "function": {"name": "probe", "arguments": {"value": 1}}}
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        (text,), _ = render_jinja_template(
+            conversations=[turns], chat_template=chat_template, bos_token="", eos_token=""
+        )
+    except Exception:  # whatever a template raises, it writes no call then
+        return None
+    _, header, said = text.rpartition(_HEADER)
+    written = _WRITTEN.match(said) if header else None
+    if written is None:
+        return None
+    if written["call"] == "[probe(value=1)]":
+        return "pythonic-3.2"
+    try:
+        found = json.loads(written["call"])
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or found.get("name") != "probe":
+        return None
+    if found.get("parameters", found.get("arguments")) != {"value": 1}:
+        return None
+    return "meta-3.1" if written["tag"] else "chatformat" if "type" in found else "hf"

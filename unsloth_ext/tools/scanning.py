@@ -15,9 +15,12 @@ import re
 from typing import Any
 
 from .parsed_message import MAX_CALL_CHARS, MAX_DEPTH, MAX_NAME_CHARS, MAX_NUMBER_CHARS
+from .string_literal import StringLiteral, Wrong
 
-CALL_KEYS = frozenset(("name", "type", "function", "parameters", "arguments"))  # one of them is a call's first key
-_ALLOWED_KEYS = CALL_KEYS | {"id", "index"}
+_CALL_KEYS = frozenset(
+    ("name", "type", "function", "parameters", "arguments")
+)  # one of them tells a call from an answer
+_ALLOWED_KEYS = _CALL_KEYS | {"id", "index"}
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER_RUN = re.compile(rf"[-+.0-9eE]{{1,{MAX_NUMBER_CHARS + 1}}}")
@@ -25,30 +28,11 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _KEYWORD = re.compile(rf"[^\W\d]\w{{0,{MAX_NAME_CHARS - 1}}}")
 _DOTTED_NAME = re.compile(rf"[^\W\d][\w.-]{{0,{MAX_NAME_CHARS - 1}}}")
 _TAG_NAME = re.compile(rf"[^<>{{}}\s\"]{{1,{MAX_NAME_CHARS}}}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_HEX = re.compile(r"[0-9a-fA-F]*")
-_OCTAL = re.compile(r"[0-7]{1,3}")
-_PLAIN = {  # what a string holds up to its quote, a backslash or what it may not hold
-    (quote, breaks): re.compile(rf"[^{quote}\\{'' if breaks else chr(10) + chr(13)}]+")
-    for quote in "\"'"
-    for breaks in (False, True)
-}
-_PLAIN_JSON = re.compile(r'[^"\\\x00-\x1f]+')
 
-_JSON_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_PYTHON_ESCAPES = {
-    **{"\\": "\\", "'": "'", '"': '"', "a": "\a", "b": "\b", "f": "\f", "n": "\n"},
-    **{"r": "\r", "t": "\t", "v": "\v", "\n": ""},
-}
-_HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 _JSON_WORDS = {"true": True, "false": False, "null": None}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 OPEN, DONE, FAILED = "open", "done", "failed"
-
-
-class _Wrong(Exception):
-    """(position, reason): the text at `position` does not fit."""
 
 
 class CallScanner:
@@ -69,8 +53,7 @@ class CallScanner:
         self._name = name
         self._read = len(opening)
         self._calls_at = 0  # the depth of the objects that may be calls; 0: none (the body of <function=...>)
-        self._quote = ""
-        self._parts: list[str] = []
+        self._string: StringLiteral | None = None
         if opening == "{":
             self._calls_at = 1
             self._push("object", {}, 0)
@@ -80,7 +63,7 @@ class CallScanner:
             self.form, self.call_like, self._state = "calls", True, self._tag_name
         elif opening == "(":  # the arguments of a builtin tool
             self.form, self.value, self.call_like, self._python = "calls", [], True, True
-            self._push_call(0)
+            self._push("keywords", {}, 0)
         else:  # "object": the text is one object and nothing else
             self._state = self._tag_body
             self._name, self.form = "", "calls"
@@ -91,7 +74,7 @@ class CallScanner:
         try:
             while self.status is OPEN:
                 before = position
-                if self._quote:
+                if self._string is not None:
                     position = self._in_string(text, position)
                 else:
                     position = _SPACE.match(text, position).end()
@@ -99,10 +82,10 @@ class CallScanner:
                         before = position
                         position = self._state(text, position)
                 if self._read + position - begin > MAX_CALL_CHARS:
-                    raise _Wrong(position, f"a call is longer than {MAX_CALL_CHARS} characters")
+                    raise Wrong(position, f"a call is longer than {MAX_CALL_CHARS} characters")
                 if position == before or position >= len(text):
                     break
-        except _Wrong as wrong:
+        except Wrong as wrong:
             position, self.reason = wrong.args
             self.status = FAILED
         self._read += position - begin
@@ -112,7 +95,7 @@ class CallScanner:
 
     def _push(self, kind: str, container: Any, position: int) -> None:
         if len(self._stack) >= MAX_DEPTH:
-            raise _Wrong(position, f"values are nested deeper than {MAX_DEPTH} levels")
+            raise Wrong(position, f"values are nested deeper than {MAX_DEPTH} levels")
         self._stack.append([kind, container, None])
         self._state = {"object": self._first_key, "list": self._first_item, "keywords": self._first_keyword}.get(
             kind, self._call_name
@@ -132,10 +115,7 @@ class CallScanner:
         self._state = self._next
         return position + 1
 
-    def _push_call(self, position: int) -> None:
-        self._push("keywords", {}, position)
-
-    def _put(self, value: Any) -> None:
+    def _put(self, value: Any, _: int = 0) -> None:
         kind, container, key = self._stack[-1]
         if kind == "list":
             container.append(value)
@@ -146,10 +126,10 @@ class CallScanner:
     def _key(self, key: str, position: int) -> None:
         frame = self._stack[-1]
         if self.strict and key in frame[1]:
-            raise _Wrong(position, f"the key {key[:40]!r} comes twice")
+            raise Wrong(position, f"the key {key[:40]!r} comes twice")
         if len(self._stack) == self._calls_at and not self.opaque:
-            self.opaque = key not in (_ALLOWED_KEYS if frame[1] else CALL_KEYS)
-            self.call_like = not self.opaque
+            self.opaque = key not in _ALLOWED_KEYS
+            self.call_like = not self.opaque and (self.call_like or key in _CALL_KEYS)
         frame[2] = key
         self._state = self._colon
 
@@ -173,7 +153,7 @@ class CallScanner:
     def _item(self, text: str, position: int) -> int:
         character = text[position]
         if character == '"' or (character == "'" and self._python):
-            return self._open_string(text, position, self._put_string)
+            return self._open_string(text, position, self._put)
         if character in "{[":
             container: Any = {} if character == "{" else []
             if len(self._stack) + 1 == self._calls_at and character == "[":
@@ -192,20 +172,20 @@ class CallScanner:
                 return position + len(word)
             if self.strict:
                 break
-        raise _Wrong(position, f"{word[:40]!r} is no value")
+        raise Wrong(position, f"{word[:40]!r} is no value")
 
     def _number(self, text: str, position: int) -> int:
         run = _NUMBER_RUN.match(text, position)
         if len(run.group()) > MAX_NUMBER_CHARS:
-            raise _Wrong(position, f"a number is longer than {MAX_NUMBER_CHARS} characters")
+            raise Wrong(position, f"a number is longer than {MAX_NUMBER_CHARS} characters")
         if run.end() == len(text):
             return position
         number = _NUMBER.fullmatch(run.group())
         if not number:
-            raise _Wrong(position, f"{run.group()[:40]!r} is no number")
+            raise Wrong(position, f"{run.group()[:40]!r} is no number")
         value = float(number.group()) if number.group(1) or number.group(2) else int(number.group())
         if value in (float("inf"), float("-inf")):
-            raise _Wrong(position, f"{number.group()[:40]!r} is too large for a number")
+            raise Wrong(position, f"{number.group()[:40]!r} is too large for a number")
         self._put(value)
         return run.end()
 
@@ -213,9 +193,9 @@ class CallScanner:
         """The word at `position`; None where it may go on."""
         word = pattern.match(text, position)
         if not word:
-            raise _Wrong(position, f"expected {wanted}, got {text[position]!r}")
+            raise Wrong(position, f"expected {wanted}, got {text[position]!r}")
         if len(word.group()) >= MAX_NAME_CHARS:
-            raise _Wrong(position, f"a name is longer than {MAX_NAME_CHARS - 1} characters")
+            raise Wrong(position, f"a name is longer than {MAX_NAME_CHARS - 1} characters")
         return None if word.end() == len(text) else word.group()
 
     def _first_key(self, text: str, position: int) -> int:
@@ -229,7 +209,7 @@ class CallScanner:
         character = text[position]
         if character == '"' or (character == "'" and self._python):
             return self._open_string(text, position, self._key)
-        raise _Wrong(position, f"expected a key in quotes, got {character!r}")
+        raise Wrong(position, f"expected a key in quotes, got {character!r}")
 
     def _colon(self, text: str, position: int) -> int:
         return self._expect(":", self._item, text, position)
@@ -239,7 +219,7 @@ class CallScanner:
         if character == {"object": "}", "keywords": ")"}.get(kind, "]"):
             return self._pop(position)
         if character != ",":
-            raise _Wrong(position, f"expected a comma or the end of the {kind}, got {character!r}")
+            raise Wrong(position, f"expected a comma or the end of the {kind}, got {character!r}")
         if self._python:  # Python allows a comma before the closing bracket
             after = {"object": self._first_key, "list": self._first_item, "keywords": self._first_keyword}
         else:
@@ -260,7 +240,7 @@ class CallScanner:
 
     def _parenthesis(self, text: str, position: int) -> int:
         position = self._expect("(", self._first_keyword, text, position)
-        self._push_call(position)
+        self._push("keywords", {}, position)
         return position
 
     def _first_keyword(self, text: str, position: int) -> int:
@@ -270,7 +250,7 @@ class CallScanner:
         if keyword is None:
             return position
         if self.strict and keyword in self._stack[-1][1]:
-            raise _Wrong(position, f"the argument {keyword!r} comes twice")
+            raise Wrong(position, f"the argument {keyword!r} comes twice")
         self._stack[-1][2], self._state = keyword, self._equals
         return position + len(keyword)
 
@@ -295,7 +275,7 @@ class CallScanner:
 
     def _expect(self, wanted: str, then, text: str, position: int) -> int:
         if text[position] != wanted:
-            raise _Wrong(position, f"expected {wanted!r}, got {text[position]!r}")
+            raise Wrong(position, f"expected {wanted!r}, got {text[position]!r}")
         self._state = then
         return position + 1
 
@@ -309,94 +289,12 @@ class CallScanner:
             quote *= 3 if text[position + 2] == quote else 1
         elif self._python and position + 1 == len(text):
             return position
-        self._quote, self._parts, self._then = quote, [], then
-        if not self._python:
-            self._plain = _PLAIN_JSON if self.strict else _PLAIN['"', True]
-        else:
-            self._plain = _PLAIN[quote[0], not self.strict or len(quote) == 3]
+        self._string, self._then = StringLiteral(quote, python=self._python, strict=self.strict), then
         return position + len(quote)
 
-    def _put_string(self, value: str, position: int) -> None:
-        self._put(value)
-
     def _in_string(self, text: str, position: int) -> int:
-        """Up to the end of the string, or of the text, or to an escape that is not whole yet."""
-        plain, quote, parts = self._plain, self._quote, self._parts
-        while position < len(text):
-            stretch = plain.match(text, position)
-            if stretch:
-                parts.append(stretch.group())
-                position = stretch.end()
-                if position == len(text):
-                    break
-            character = text[position]
-            if character == "\\":
-                after = self._escape(text, position)
-                if after == position:
-                    break
-                position = after
-            elif character != quote[0]:
-                raise _Wrong(position, f"a string holds {character!r}; it must be escaped")
-            elif text.startswith(quote, position):
-                self._quote, self._parts = "", []
-                self._then(self._finished("".join(parts), position), position)
-                return position + len(quote)
-            elif position + 3 > len(text) and quote.startswith(text[position:]):
-                break
-            else:
-                parts.append(character)
-                position += 1
-        return position
-
-    def _escape(self, text: str, position: int) -> int:
-        kind = text[position + 1 : position + 2]
-        if not kind:
-            return position
-        simple = _PYTHON_ESCAPES if self._python else _JSON_ESCAPES
-        if kind in simple:
-            self._parts.append(simple[kind])
-            return position + 2
-        if kind == "u" or (self._python and kind in "xU"):
-            wanted = _HEX_DIGITS[kind]
-            end = _HEX.match(text, position + 2, position + 2 + wanted).end()
-            if end < position + 2 + wanted:
-                if end == len(text):
-                    return position
-                raise _Wrong(position, f"a \\{kind} escape needs {wanted} hexadecimal digits")
-            code = int(text[position + 2 : end], 16)
-            if code > 0x10FFFF:
-                raise _Wrong(position, "a \\U escape is no character")
-            self._parts.append(chr(code))
-            return end
-        if self._python and kind in "01234567":
-            octal = _OCTAL.match(text, position + 1)
-            if octal.end() == len(text) and len(octal.group()) < 3:
-                return position
-            self._parts.append(chr(int(octal.group(), 8)))
-            return octal.end()
-        if self._python and kind != "N":
-            self._parts.append("\\" + kind)  # as Python reads it
-            return position + 2
-        if not self._python and not self.strict and kind == "'":
-            self._parts.append(kind)
-            return position + 2
-        raise _Wrong(position, f"\\{kind} is no escape")
-
-    def _finished(self, text: str, position: int) -> str:
-        if not _SURROGATE.search(text):
-            return text
-        # \ud83d\ude00 is one character, written as JSON writes it.
-        units = text.encode("utf-16", "surrogatepass")
-        try:
-            return units.decode("utf-16")
-        except UnicodeDecodeError:
-            if self.strict:
-                raise _Wrong(position, "a string holds half of a surrogate pair") from None
-            return units.decode("utf-16", "replace")
-
-
-def read_object(text: str, strict: bool) -> dict | None:
-    """The object that `text` holds and nothing else; None where it holds something else."""
-    scanner = CallScanner("object", strict=strict)
-    end = scanner.feed(text, 0)
-    return scanner.value[0][1] if scanner.status is DONE and not text[end:].strip() else None
+        end = self._string.feed(text, position)
+        if (value := self._string.value) is not None:
+            self._string = None
+            self._then(value, end - 1)
+        return end

@@ -39,13 +39,24 @@ _START = r"""{{- bos_token }}
 {#- brave_search.call(query="...") #}
 {%- macro builtin_call(name, arguments) %}
     {{- name + ".call(" }}
-    {%- for key, value in arguments | items %}
-        {{- key + "=" + (value if value is string else value | tojson) | tojson }}
+    {%- for key, value in arguments | items if value is not none %}
+        {{- key + "=" }}
+        {{- (value if value is string else value | tojson) | tojson }}
         {%- if not loop.last %}
             {{- ", " }}
         {%- endif %}
     {%- endfor %}
     {{- ")" }}
+{%- endmacro %}
+
+{#- A None is how a row from an Arrow table says that there is no such argument #}
+{%- macro check_only(arguments, name, words) %}
+    {%- if arguments[name] is not string %}
+        {{- raise_exception(words) }}
+    {%- endif %}
+    {%- for key, value in arguments | items if value is not none and key != name %}
+        {{- raise_exception(words) }}
+    {%- endfor %}
 {%- endmacro %}
 
 {%- set system_message = <DEFAULT_SYSTEM> %}
@@ -103,6 +114,27 @@ _DATE_NOW = r"""
 """
 
 _JSON_TOOLS = r"""
+{#- JSON without the keys whose value is none #}
+{%- macro json_of(value) %}
+    {%- if value is mapping %}
+        {{- "{" }}
+        {%- for key, inner in value | items if inner is not none %}
+            {{- ", " if not loop.first else "" }}
+            {{- key | tojson<ASCII> + ": " }}
+            {{- json_of(inner) }}
+        {%- endfor %}
+        {{- "}" }}
+    {%- elif value is iterable and value is not string %}
+        {{- "[" }}
+        {%- for inner in value %}
+            {{- ", " if not loop.first else "" }}
+            {{- json_of(inner) }}
+        {%- endfor %}
+        {{- "]" }}
+    {%- else %}
+        {{- value | tojson<ASCII> }}
+    {%- endif %}
+{%- endmacro %}
 {%- set described = "" %}
 {%- if tools %}
     {%- set described %}
@@ -123,7 +155,7 @@ _PYTHONIC_TOOLS = r"""
 {%- macro literal(value) %}
     {%- if value is mapping %}
         {{- "{" }}
-        {%- for key, inner in value | items %}
+        {%- for key, inner in value | items if inner is not none %}
             {{- key | tojson + ": " }}
             {{- literal(inner) }}
             {{- ", " if not loop.last else "" }}
@@ -188,15 +220,16 @@ _TURNS = r"""
             {%- if arguments is not mapping <AND_NEEDS_MAPPING>%}
                 {{- raise_exception("Arguments must be a dict here, not a JSON string!") }}
             {%- endif %}
+            {%- if arguments is not mapping and ((arguments | trim)[:1] != '{' or (arguments | trim)[-1:] != '}') %}
+                {{- raise_exception("The arguments of a call must be an object, or the JSON of one!") }}
+            {%- endif %}
             {%- if message.tool_calls | length > 1 <AND_NOT_PARALLEL>%}
                 {{- raise_exception("Only one call fits into a turn here!") }}
             {%- endif %}
             {{- text_of(message.content) }}
             {%- if is_builtin and tool_call.name == 'code_interpreter' %}
-                {%- if arguments | list != ['code'] or arguments.code is not string <OR_CONTENT>%}
-                    {{- raise_exception("code_interpreter takes one argument: code, a string") }}
-                {%- endif %}
-                {{- "<|python_tag|>" + arguments.code }}
+                {{- check_only(arguments, 'code', "code_interpreter takes one argument: code, a string") }}
+<NO_CONTENT>                {{- "<|python_tag|>" + arguments.code }}
             {%- elif is_builtin %}
 <BUILTIN>
             {%- else %}
@@ -238,14 +271,16 @@ def _assemble(*pieces: str, **values: str) -> str:
 _EOT, _EOM = '"<|eot_id|>"', '"<|eom_id|>"'
 _BUILTIN = '                {{- "<|python_tag|>" + builtin_call(tool_call.name, arguments) }}'
 _JSON_CALL = (
-    '                {{- \'<TAG>{"type": "function", "name": \' + tool_call.name | tojson<ASCII> + \', "parameters": \' }}\n'
-    "                {{- arguments if arguments is string else arguments | tojson<ASCII> }}\n"
+    '                {{- \'<TAG>{"type": "function", "name": \' }}\n'
+    "                {{- tool_call.name | tojson<ASCII> }}\n"
+    "                {{- ', \"parameters\": ' }}\n"
+    "                {{- arguments | trim if arguments is string else json_of(arguments) }}\n"
     '                {{- "}" }}'
 )
 TEXTS = {
     "meta-3.1": _assemble(
         _START, _DATE, _IN_USER, _JSON_TOOLS, _SYSTEM, _TURNS,
-        IN_USER="true", ENVIRONMENT="builtin_tools or tools", AND_NEEDS_MAPPING="and is_builtin ", AND_NOT_PARALLEL="", OR_CONTENT="",
+        IN_USER="true", ENVIRONMENT="builtin_tools or tools", AND_NEEDS_MAPPING="and is_builtin ", AND_NOT_PARALLEL="", NO_CONTENT="",
         BUILTIN=_BUILTIN, CALL=_JSON_CALL, TAG="<|python_tag|>", ASCII="", CLOSING=_EOM, PLAIN_CLOSING=_EOT,
     ),
     "chatformat": _assemble(
@@ -255,9 +290,11 @@ TEXTS = {
         '    {{- "<|start_header_id|>system<|end_header_id|>\\n\\n" + system_message + "<|eot_id|>" }}\n'
         '{%- endif %}\n',
         _TURNS,
-        AND_NEEDS_MAPPING="and is_builtin ", AND_NOT_PARALLEL="", OR_CONTENT="or text_of(message.content) ",
-        BUILTIN="                {%- if arguments | list != ['query'] or arguments.query is not string or"
-        " arguments.query | tojson != '\"' + arguments.query + '\"' %}\n"
+        AND_NEEDS_MAPPING="and is_builtin ", AND_NOT_PARALLEL="", NO_CONTENT="                {%- if text_of(message.content) %}\n"
+        '                    {{- raise_exception("Content beside a call of code_interpreter would be run as code!") }}\n'
+        "                {%- endif %}\n",
+        BUILTIN="                {{- check_only(arguments, 'query', \"A builtin tool takes one argument here: query, a text\") }}\n"
+        "                {%- if arguments.query | tojson != '\"' + arguments.query + '\"' %}\n"
         '                    {{- raise_exception("A builtin tool takes one argument here: query, a text without quotes,'
         ' backslashes or line breaks") }}\n'
         "                {%- endif %}\n"
@@ -269,13 +306,13 @@ TEXTS = {
     "pythonic-3.2": _assemble(
         _START, _DATE_NOW, _IN_USER, _PYTHONIC_TOOLS, _SYSTEM, _TURNS,
         IN_USER="false", ENVIRONMENT="builtin_tools", AND_NEEDS_MAPPING="", AND_NOT_PARALLEL="and (message.tool_calls | selectattr('function', 'defined')"
-        " | map(attribute='function.name') | select('in', builtin_tools or []) | list) ", OR_CONTENT="",
+        " | map(attribute='function.name') | select('in', builtin_tools or []) | list) ", NO_CONTENT="",
         BUILTIN=_BUILTIN,
         CALL='                {{- "[" }}\n'
         "                {%- for call in message.tool_calls %}\n"
         "                    {%- set call = call.function | default(call, true) %}\n"
         '                    {{- checked(call.name, letters + ".") + "(" }}\n'
-        "                    {%- for key, value in call.arguments | default({}, true) | items %}\n"
+        "                    {%- for key, value in call.arguments | default({}, true) | items if value is not none %}\n"
         '                        {{- checked(key, letters) + "=" + literal(value) }}\n'
         '                        {{- ", " if not loop.last else "" }}\n'
         "                    {%- endfor %}\n"

@@ -10,25 +10,15 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
 
-from .llama_template import apply_edits
+from .llama_template import apply_edits, strip_generation_markers
 from .profiles import profile_named
 from .template_text import TEXTS
 
-_GENERATION = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 _SYSTEM_PLACEHOLDER = "{system_message}"  # Unsloth's get_chat_template puts the default system message there
-
-
-def strip_generation_markers(template: str) -> str:
-    """The template without `{% generation %}` tags, rendering the same text: for GGUF, Ollama and engines without that tag.
-
-    An empty comment takes the place of each, since it treats the white space around it as the tag did.
-    """
-    return _GENERATION.sub(r"{#\1 \2#}", template)
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +107,9 @@ def chat_template(
     """The profile's template, to be set as `tokenizer.chat_template` or passed to `apply_chat_template`.
 
     It takes what the installed one takes: `tools`, `builtin_tools`, `date_string` (None: the profile's date; False: no date),
-    `tools_in_user_message`. Arguments of calls are best dicts: Jinja cannot parse a JSON string and writes it as it is.
+    `tools_in_user_message`. Arguments of calls are best dicts: Jinja cannot parse a JSON string and writes it as it is. A None in
+    a dict is left out, since that is how a row from an Arrow table says that a call has no such argument; a null that is meant
+    stands in a JSON string.
 
     Args:
         base_template: Unsloth's Llama 3.1 template or the tokenizer's own. A `{system_message}` in it is kept, for Unsloth's

@@ -15,6 +15,7 @@ def run_tool_loop(
     functions: Mapping[str, Callable[..., Any]],
     *,
     max_turns: int = 8,
+    calls_after_content: bool = False,
 ) -> list[dict]:
     """The conversation with what the model and the tools added; it ends with the model's answer, or after `max_turns` turns.
 
@@ -22,12 +23,15 @@ def run_tool_loop(
     functions: the functions that may run, by the name that the model calls. No other runs: a call of an unknown one, with
         arguments that the function does not take, or one that fails, is answered with {"error": ...}. A result is turned into
         JSON where it is no text. Arguments are the model's: a function has to check them.
+    calls_after_content: whether a call counts that follows content in the same turn without `<|python_tag|>`. Only for a model
+        that was trained on such turns (all profiles but meta-3.1 write them so): else a call that the model quotes at the end
+        of its answer, out of a user's message for one, would run. A call that is the whole turn runs in any case.
     """
     if max_turns < 1:
         raise ValueError(f"max_turns must be positive, got {max_turns}")
     messages = list(messages)
     for _ in range(max_turns):
-        turn = parse(generate(messages), tools=list(functions))
+        turn = parse(generate(messages), tools=list(functions), calls_after_content=calls_after_content)
         messages.append(turn.as_message())
         if not turn.tool_calls:
             break

@@ -73,3 +73,12 @@ def test_a_quote_does_not_end_the_argument(render, query):
 def test_a_number_is_written(render):
     text = last_turn(render, "brave_search", {"query": "x", "count": 3})
     assert text == '<|python_tag|>brave_search.call(query="x", count="3")<|eom_id|>'
+
+
+@pytest.mark.parametrize(
+    "name, argument", [("brave_search", "query"), ("code_interpreter", "code")]
+)
+def test_none_is_no_argument(render, name, argument):
+    """Rows of an Arrow table (datasets) have every key of every other row's call."""
+    alone = last_turn(render, name, {argument: "x"})
+    assert last_turn(render, name, {"other": None, argument: "x", "more": None}) == alone

@@ -62,3 +62,25 @@ def test_a_call_without_the_function_level(render):
 def test_a_quote_in_a_name_is_escaped(render):
     text = last_turn(render(call({"function": {"name": 'a"b', "arguments": {}}})))
     assert json.loads(text.removesuffix("<|eot_id|>")) == {"name": 'a"b', "parameters": {}}
+
+
+def test_none_is_no_argument(render):
+    """Rows of an Arrow table (datasets) have every key of every other row's call."""
+    merged = {"unit": None, **ARGUMENTS, "where": {"lat": 1.5, "lon": None}, "tags": ["a", None]}
+    function = {"name": "weather", "arguments": merged}
+    text = last_turn(render(call({"function": function})))
+    assert text == (
+        '{"name": "weather", "parameters": {"city": "Zürich", "days": 3, "where": {"lat": 1.5}, '
+        '"tags": ["a", null]}}<|eot_id|>'
+    )
+
+
+def test_a_null_in_a_json_string_is_meant(render):
+    text = last_turn(render(call({"function": {"name": "f", "arguments": '{"a": null}'}})))
+    assert text == '{"name": "f", "parameters": {"a": null}}<|eot_id|>'
+
+
+@pytest.mark.parametrize("arguments", ["not json", "[1]", '"x"', " ", [1], 3])
+def test_what_is_no_object_is_an_error(render, arguments):
+    with pytest.raises(Exception, match = "must be an object, or the JSON of one"):
+        render(call({"function": {"name": "f", "arguments": arguments}}))
