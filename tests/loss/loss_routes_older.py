@@ -1,5 +1,5 @@
 """The losses of an older Unsloth, pristine beside routed. Their files run here as modules beside today's unsloth_zoo, whose other
-modules they import. Run by test_patch.py: UNSLOTH_EXT_TEST_TREE is the older package's folder."""
+modules they import. Run by test_loss_patch.py: UNSLOTH_EXT_TEST_TREE is the older package's folder."""
 
 import unsloth  # noqa: F401  isort: skip
 import importlib.util
