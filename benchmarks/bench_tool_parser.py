@@ -100,9 +100,9 @@ def main() -> None:
         "tool_parser",
         rows,
         [
-            claim("tool_parser_growth", round(worst, 1), "times for 10x the text, worst case", "<= 20", "10 is linear"),
+            claim("tools.parser.growth", round(worst, 1), "times for 10x the text, worst case", "<= 20", "10 is linear"),
             claim(
-                "tool_parser_speed",
+                "tools.parser.speed",
                 round(slowest, 2),
                 "MB/s, slowest text",
                 ">= 0.2",
