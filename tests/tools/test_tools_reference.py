@@ -111,3 +111,10 @@ def test_other_arguments_are_refused():
     message = "message 0: the first message's role is 'assistant'.*start with one, or pass tools_in_user_message=False"
     with pytest.raises(MessageError, match=message):
         render([{"role": "assistant", "content": "a"}, USER], tools=[{"name": "f"}])
+
+
+def test_chatformat_refuses_a_builtin_call_without_its_argument():
+    call = {"type": "function", "function": {"name": "brave_search", "arguments": {}}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(MessageError, match="writes one text, query"):
+        segments(turns, profile="chatformat", builtin_tools=["brave_search"])

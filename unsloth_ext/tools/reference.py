@@ -151,11 +151,12 @@ class _Parts:
             self.control(PYTHON_TAG, trained=True)
             self.text(arguments["code"], trained=True)
             return
-        for key, value in arguments.items():
+        for key in arguments:
             if not key.isidentifier():
                 raise MessageError(index, f"an argument's name of {name}", key, "it must be an identifier")
-            plain = isinstance(value, str) and _json(value) == f'"{value}"'
-            if chatformat and (list(arguments) != ["query"] or not plain):
+        if chatformat:
+            query = arguments.get("query")
+            if list(arguments) != ["query"] or not isinstance(query, str) or _json(query) != f'"{query}"':
                 remedy = "chatformat writes one text, query, as it stands: no quotes, backslashes or line breaks"
                 raise MessageError(index, f"arguments of {name}", arguments, remedy)
         if not chatformat:
