@@ -100,7 +100,9 @@ def main() -> None:
         "tool_parser",
         rows,
         [
-            claim("tools.parser.growth", round(worst, 1), "times for 10x the text, worst case", "<= 20", "10 is linear"),
+            claim(
+                "tools.parser.growth", round(worst, 1), "times for 10x the text, worst case", "<= 20", "10 is linear"
+            ),
             claim(
                 "tools.parser.speed",
                 round(slowest, 2),
