@@ -1,5 +1,7 @@
 """`linear(x, packed, quant_state)`: x W^T with an NF4 weight that is never written out, for few rows of x.
 
+In progress: nothing calls it yet, and this state of it has not been run on a card as a whole (benchmarks/NOTES.md).
+
 The ways, and what decides between them:
 
 * On a card whose table (`matmul_table.py`) has a measured row for this weight and this many rows of x: the kernels of
