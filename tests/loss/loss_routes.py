@@ -386,16 +386,18 @@ def test_a_4_bit_head_works():
 
 
 def test_the_heads_gradient_is_summed_in_fp32(monkeypatch):
-    hidden, weight, _, labels = inputs(torch.bfloat16, ignored=0)
+    hidden, weight = torch.randn(1, 256, 32).bfloat16(), (torch.randn(V, 32) / 8).bfloat16()
+    weight.requires_grad_()
+    labels = torch.randint(0, V, (1, 256))
     monkeypatch.setattr(fl, "_chunk_rows", lambda *a: 2)  # many chunks, as a large batch has
 
     def error(function):
-        loss = function(hidden, weight, None, labels, n_items=T, shift_labels=False)
+        loss = function(hidden, weight, None, labels, n_items=256, shift_labels=False)
         exact = torch.autograd.grad(full(hidden, weight, None, labels, shift_labels=False), weight)[0]
         return (torch.autograd.grad(loss, weight)[0].double() - exact).norm() / exact.norm()
 
     ours = chunked_logprob.unsloth_chunked_ce_loss
-    assert error(ours) < 0.85 * error(inspect.unwrap(ours))
+    assert error(ours) < 0.7 * error(inspect.unwrap(ours))
 
 
 def test_gradients_are_scaled_where_they_are_unless_the_graph_is_kept():
