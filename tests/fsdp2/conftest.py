@@ -51,7 +51,7 @@ class Ranks:
             self.workers.append((process, mine))
         return self.workers[index][1]
 
-    def __call__(self, n, job, *, timeout=120, may_die=(), **arguments):
+    def __call__(self, n, job, *, timeout=600, may_die=(), **arguments):
         store = Path(self.scratch.name, f"store-{os.urandom(6).hex()}")
         pipes = [self._worker(i) for i in range(n)]
         for rank, pipe in enumerate(pipes):

@@ -24,7 +24,7 @@ def serve(pipe, cuda):
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world,
-                timeout=datetime.timedelta(seconds=60),
+                timeout=datetime.timedelta(seconds=300),  # far above what a test waits for on purpose
             )
             answer = ("ok", job(rank, world, **arguments))
         except BaseException:

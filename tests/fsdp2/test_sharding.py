@@ -319,7 +319,8 @@ def _one_dies(rank, world, folder, when):
         os._exit(9)
     start = time.monotonic()
     try:
-        shard(model, timeout=datetime.timedelta(seconds=4))
+        # In a step both ranks are alive while the model is sharded: a busy machine may keep one of them waiting.
+        shard(model, timeout=datetime.timedelta(seconds=4 if when == "before sharding" else 120))
         for step, batch in enumerate(models.batches(50, 1)):
             if step == 3 and rank == 1:
                 os._exit(9)
@@ -331,8 +332,8 @@ def _one_dies(rank, world, folder, when):
 
 @pytest.mark.parametrize("when", ["before sharding", "in a step"])
 def test_a_rank_that_dies_is_noticed(ranks, checkpoints, when):
-    message, seconds = ranks(2, _one_dies, folder=str(checkpoints["nf4"]), when=when, may_die=(1,), timeout=60)[0]
-    assert seconds < 30 and message != "nothing happened"
+    message, seconds = ranks(2, _one_dies, folder=str(checkpoints["nf4"]), when=when, may_die=(1,))[0]
+    assert seconds < 240 and message != "nothing happened"  # before the process group's own 300 s
     if when == "before sharding":
         assert (
             "sharding the model: not every rank arrived within 4 s" in message and "1" in message.split("within 4 s")[1]

@@ -4,8 +4,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 MISSING = [name for name in ("torch",) if find_spec(name) is None]
@@ -14,13 +12,3 @@ collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 def pytest_report_header():
     return f"tests/loss left out: {', '.join(MISSING)} not installed" if MISSING else None
-
-
-@pytest.fixture(autouse=True)
-def fresh_numbers(request):
-    """Other inputs on each run; the seed is printed where a test fails."""
-    if not MISSING:
-        import torch
-
-        request.node.add_report_section("setup", "seed", str(torch.seed() & 0xFFFFFFFF))
-        torch.manual_seed(torch.initial_seed() & 0xFFFFFFFF)

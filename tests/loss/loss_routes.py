@@ -38,13 +38,12 @@ def served(monkeypatch):
     return calls
 
 
-def inputs(dtype=torch.float32, bias=False, trained=True, ignored=3, seed=None):
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
-    hidden = torch.randn(2, T // 2, D, generator=generator).to(dtype).requires_grad_()
-    weight = torch.nn.Parameter((torch.randn(V, D, generator=generator) / 2).to(dtype), requires_grad=trained)
-    b = torch.nn.Parameter(torch.randn(V, generator=generator).to(dtype), requires_grad=trained) if bias else None
-    labels = torch.randint(0, V, (2, T // 2), generator=generator)
-    labels.view(-1)[torch.randperm(T, generator=generator)[:ignored]] = -100
+def inputs(dtype=torch.float32, bias=False, trained=True, ignored=3):
+    hidden = torch.randn(2, T // 2, D).to(dtype).requires_grad_()
+    weight = torch.nn.Parameter((torch.randn(V, D) / 2).to(dtype), requires_grad=trained)
+    b = torch.nn.Parameter(torch.randn(V).to(dtype), requires_grad=trained) if bias else None
+    labels = torch.randint(0, V, (2, T // 2))
+    labels.view(-1)[torch.randperm(T)[:ignored]] = -100
     return hidden, weight, b, labels
 
 
@@ -74,10 +73,13 @@ def gradients(loss, *tensors):
 
 
 def close(found, expected, dtype):
+    """In half precision a logit of up to 8 is rounded by up to 8 half units, a third of that in the mean square, and exp makes it
+    a relative error; its gradient and the result are rounded too."""
+    limit = 1e-5 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps / 2
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         error, size = (a.double() - b.double()).norm(), b.double().norm().clamp(min=1e-3)
-        assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * size
+        assert error <= limit * size
 
 
 class Scaler:  # what trainer.accelerator.scaler is under fp16
@@ -271,7 +273,8 @@ def test_logprobs(name, trained, table, served):
         loss = (outs[0] * rows).sum()
         if case.get("return_entropy") and case.get("entropy_requires_grad", True) is not False:
             loss = loss + (outs[1] * rows.flip(0)).sum()
-        return [*(x.detach() for x in outs), *gradients(loss, hidden, weight, bias)]
+        # Not the loss itself: terms of either sign may cancel, and what is left is no measure of their error.
+        return [*(x.detach() for x in outs), *gradients(loss, hidden, weight, bias)[1:]]
 
     def call():
         return fl.fused_linear_logprobs(hidden, weight, labels, bias=bias, **case)
@@ -365,9 +368,11 @@ def test_a_lora_adapter_on_the_head_counts_and_learns(config):
     loss = unsloth_fused_lm_head_loss(hidden, head, labels, num_items_in_batch=11, vocab_size=V, logit_scale_divide=2.0)
     logits = head(hidden).double() / 2
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1), reduction="sum") / 11
-    close(gradients(loss, hidden, *adapter), gradients(expected, hidden, *adapter), torch.float32)
+    found = gradients(loss, hidden, *adapter)
+    close(found, gradients(expected, hidden, *adapter), torch.float32)
     without = full(hidden, head.base_layer.weight, None, labels, n_items=11, logit_scale_divide=2.0)
-    assert abs(loss - without) > 1e-2
+    base = gradients(without, hidden)[1]  # many numbers: two losses may be near each other by chance
+    assert (found[1] - base).norm() > 0.1 * base.norm()
     head.enable_adapters(False)
     assert torch.isclose(
         unsloth_fused_lm_head_loss(hidden, head, labels, num_items_in_batch=11, logit_scale_divide=2.0), without.float()

@@ -1,6 +1,5 @@
-"""Run in two processes, with torchrun's environment variables: a head under FSDP2 and DDP, against the average of full gradients."""
+"""Run in two processes, as `loss_sharded.py SEED RANK FILE`: a head under FSDP2 and DDP, against the average of full gradients."""
 
-import os
 import sys
 
 import torch
@@ -54,9 +53,9 @@ def compare(model, expected):
         torch.testing.assert_close(p.grad.full_tensor(), expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-def main(seed):
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def main(seed, rank, meeting):
+    world = 2
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     x, labels = batch(rank)
     cross_entropy = functions.cross_entropy()
@@ -141,8 +140,8 @@ def main(seed):
         raise AssertionError("a DTensor as hidden was accepted")
     dist.barrier()
     dist.destroy_process_group()
-    print(f"rank {rank} of {os.environ['WORLD_SIZE']} done")
+    print(f"rank {rank} of {world} done")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

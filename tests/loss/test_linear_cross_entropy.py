@@ -87,15 +87,20 @@ def test_shift_is_the_causal_shift():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_half_precision_rounds_once(dtype, memory):
-    """A mean over 44 rows: 1 / 44 is no power of two, and must not be rounded before the gradients are."""
-    hidden, weight, labels, _ = inputs(rows=55, hidden_size=64, vocab_size=900, dtype=dtype, bias=False)
+    """A mean over 444 rows: 1 / 444 is no power of two, and must not be rounded before the gradients are.
+
+    Measured against what one rounding of the exact gradients costs. In bf16 dz is rounded too, which makes it 1.15 times as
+    much (1.12 to 1.18 in 500 draws); a rounded 1 / 444 would make it 2.1 times. fp16 gradients are stored before they are
+    scaled, so the square root of three roundings is to be expected.
+    """
+    hidden, weight, labels, _ = inputs(rows=555, hidden_size=64, vocab_size=900, dtype=dtype, bias=False)
     reference = in_fp64(hidden, weight)
     expected = torch.autograd.grad(oracle(*reference, labels, None), reference)
-    limit = 0.0020 if dtype == torch.bfloat16 else 0.0006
+    times = 1.35 if dtype == torch.bfloat16 else 2.0
     for logits_dtype in (None, torch.float32):
         loss = linear_cross_entropy(hidden, weight, labels, memory=memory, logits_dtype=logits_dtype)
         for found, true in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
-            assert found.dtype == dtype and error(found, true) < limit
+            assert found.dtype == dtype and error(found, true) < times * error(true.to(dtype), true)
 
 
 def test_fp16_gradients_survive_a_small_mean():
@@ -105,6 +110,18 @@ def test_fp16_gradients_survive_a_small_mean():
     true = torch.autograd.grad(oracle(*reference, labels, None, divisor=4e6) * 65536, reference[0])[0]
     loss = linear_cross_entropy(hidden, weight.detach(), labels, num_items_in_batch=4e6) * 65536
     assert error(torch.autograd.grad(loss, hidden)[0], true) < 0.002
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_fp16_gradients_survive_the_usual_loss_scale(trained):
+    """65536 is where GradScaler begins: times a mean's coefficient it may be more than fp16 holds, the gradients are not."""
+    hidden, weight, labels, _ = inputs(rows=100, hidden_size=32, vocab_size=500, dtype=torch.float16, bias=False)
+    wanted = (hidden, weight.requires_grad_(trained)) if trained else (hidden,)
+    reference = in_fp64(hidden, weight)
+    true = torch.autograd.grad(oracle(*reference, labels, None) * 65536, reference[: len(wanted)])
+    loss = linear_cross_entropy(hidden, weight if trained else weight.detach(), labels) * 65536
+    for found, expected in zip(torch.autograd.grad(loss, wanted), true, strict=True):
+        assert error(found, expected) < 0.001
 
 
 def test_fp32_logits_are_more_exact_than_full_bf16_logits():
@@ -336,7 +353,8 @@ for dtype, spread, settings in [(torch.float32, 1.0, dict()), (torch.float32, 90
     truth = torch.autograd.grad(value.sum(), ref)
     options = Options(**({{"softcap": 0.0}} | settings), entropy=True)
     exact = dtype == torch.float32
-    close = 3e-6 * max(1, spread) if exact else 4e-3
+    # The interpreter cuts the low half off where it converts to bfloat16: by up to 2**-7 of a number.
+    close = {{torch.float32: 3e-6 * max(1, spread), torch.bfloat16: 2**-7, torch.float16: 1e-3}}[dtype]
     with torch.no_grad():
         for wide in ({{None, torch.float32}} if not exact else {{None}}):
             out = torch.full_like(hidden, float("nan"))
@@ -347,11 +365,11 @@ for dtype, spread, settings in [(torch.float32, 1.0, dict()), (torch.float32, 90
                 assert off < close, (dtype, spread, settings, wide, off)
             dw, db = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
             linear_softmax.weight_gradient(hidden, weight, bias, labels, found, None, None, options, dw, db, 512, logits_dtype=wide)
-            assert error(dw, truth[1]) < close * 4 and error(db, truth[2]) < close * 4, (dtype, spread, settings, wide)
+            assert error(dw, truth[1]) < close * 2 and error(db, truth[2]) < close * 2, (dtype, spread, settings, wide)
             dx, dw, db = (torch.full_like(x, float("nan")) for x in (hidden, weight, bias))
             whole = linear_softmax.chunked_gradients(hidden, weight, bias, labels, Options(**({{"softcap": 0.0}} | settings)), dx, dw, db, rows_per_chunk=6, logits_dtype=wide)
             for a, b in ((whole.value, value), (dx, truth[0]), (dw, truth[1]), (db, truth[2])):
-                assert error(a, b) < close * 4, (dtype, spread, settings, wide, error(a, b))
+                assert error(a, b) < close * 2, (dtype, spread, settings, wide, error(a, b))
 g = torch.randn(11, 24); x = g.clone(); k = torch.randn(11)
 softmax.scale_(x, k); assert torch.equal(x, g * k[:, None])
 softmax.scale_(x, torch.tensor(2.0)); assert torch.equal(x, g * k[:, None] * 2)

@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +9,12 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("loss_sharded.py")
 
 
-def test_head_sharded_by_fsdp2():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
+def test_head_sharded_by_fsdp2(tmp_path):
     seed = str(random.randrange(1 << 30))
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), seed],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, str(SCRIPT), seed, str(rank), str(tmp_path / "meeting")],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -32,7 +22,7 @@ def test_head_sharded_by_fsdp2():
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        said = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -136,7 +136,7 @@ def test_threads_apply_once(world):
     together = threading.Barrier(8)
 
     def slow(original):
-        together.wait(timeout=5)  # every thread is in here before any of them may go on
+        together.wait(timeout=120)  # every thread is in here before any of them may go on
         return lambda x: 10 * original(x)
 
     registry = w.registry(w.patch(replace=slow))
@@ -145,7 +145,7 @@ def test_threads_apply_once(world):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=240)
     assert model.forward(1) == 20
     registry.disable()
     assert model.forward(1) == 2

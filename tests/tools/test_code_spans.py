@@ -1,7 +1,5 @@
 """Whether a text has come to stand in Markdown's code, however it is cut."""
 
-import random
-
 import pytest
 
 from unsloth_ext.tools.code_spans import CodeSpans
@@ -47,15 +45,14 @@ def test_texts(text, inside):
         assert spans.inside is inside and spans.inside is inside, pieces
 
 
-def test_any_cut():
-    rng = random.Random()
+def test_any_cut(fuzz):
     for _ in range(3_000):
-        text = "".join(rng.choices(["`", "``", "```", "~~~", "\n", " ", "a", "- "], k=rng.randrange(12)))
+        text = "".join(fuzz.choices(["`", "``", "```", "~~~", "\n", " ", "a", "- "], k=fuzz.randrange(12)))
         whole, cut = CodeSpans(), CodeSpans()
         whole.feed(text)
         position = 0
         while position < len(text):
-            end = position + rng.randrange(1, 4)
+            end = position + fuzz.randrange(1, 4)
             cut.feed(text[position:end])
             position = end
         assert whole.inside is cut.inside, text

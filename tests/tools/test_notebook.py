@@ -79,7 +79,7 @@ def test_llama31_tool_calling(tmp_path):
         **{"TOOL_OUTPUT": str(tmp_path / "out"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     }
     command = [sys.executable, "-c", RUN, str(NOTEBOOKS / "llama31_tool_calling.ipynb"), str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["steps"] == 4 and 0 < found["loss"] < 100

@@ -6,7 +6,6 @@ template's text of the same conversation.
 
 import ast
 import json
-import random
 import re
 from importlib.util import find_spec
 
@@ -219,29 +218,27 @@ def test_text_beside_calls_is_kept_and_calls_stay_apart(before):
     )
 
 
-def test_random_conversations_say_what_the_chat_template_says(before, llama31_template):
+def test_random_conversations_say_what_the_chat_template_says(before, llama31_template, fuzz):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     from unsloth_ext.tools.llama_template import apply_edits
 
-    hf, after, rng = apply_edits(llama31_template), repair(before), random.Random()
-    seed = rng.randrange(2**32)
-    rng.seed(seed)
+    hf, after = apply_edits(llama31_template), repair(before)
     for _ in range(200):
-        messages = [{"role": "system", "content": "Be brief."}] * rng.randrange(2)
-        for _ in range(rng.randrange(1, 4)):
-            messages.append({"role": "user", "content": rng.choice(["Hi", "a\n\nb", " spaced "])})
-            if rng.random() < 0.5:
-                arguments = {"n": rng.randrange(9), "s": rng.choice(["x", 'q"q', "ü"])}
+        messages = [{"role": "system", "content": "Be brief."}] * fuzz.randrange(2)
+        for _ in range(fuzz.randrange(1, 4)):
+            messages.append({"role": "user", "content": fuzz.choice(["Hi", "a\n\nb", " spaced "])})
+            if fuzz.random() < 0.5:
+                arguments = {"n": fuzz.randrange(9), "s": fuzz.choice(["x", 'q"q', "ü"])}
                 messages.append({"role": "assistant", "content": "", "tool_calls": [call("f", **arguments)]})
-                messages.append({"role": "tool", "content": rng.choice(["25 C", '{"t": 1}'])})
-            messages.append({"role": "assistant", "content": rng.choice(["Yes.", "No\n"])})
+                messages.append({"role": "tool", "content": fuzz.choice(["25 C", '{"t": 1}'])})
+            messages.append({"role": "assistant", "content": fuzz.choice(["Yes.", "No\n"])})
         messages.append(HELLO)  # both end by asking the assistant
         (wanted,), _ = render_jinja_template(
             conversations=[messages], chat_template=hf, bos_token="", add_generation_prompt=True
         )
         found = ollama(after, messages).replace(r"\u00fc", "ü")
-        assert chat(found) == chat(wanted), (seed, messages)
+        assert chat(found) == chat(wanted), messages
 
 
 @pytest.mark.parametrize("tools", [(), ({"name": "f"},)], ids=["no tools", "tools"])

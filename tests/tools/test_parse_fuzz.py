@@ -1,7 +1,6 @@
 """100,000 random and mutated texts, and the texts that are worst for a parser: nothing raises, and time is linear in length."""
 
 import json
-import random
 import time
 
 import pytest
@@ -9,14 +8,11 @@ from parser_texts import random_text
 
 from unsloth_ext.tools.parsing import ParseError, StreamingParser, parse
 
-SEED = random.SystemRandom().randrange(2**32)  # a new one each time; a failure prints it
 
-
-def test_a_hundred_thousand_texts():
-    rng = random.Random(SEED)
+def test_a_hundred_thousand_texts(fuzz):
     called = refused = 0
     for number in range(100_000):
-        text = random_text(rng)
+        text = random_text(fuzz)
         try:
             message = parse(text)
             called += bool(message.tool_calls)
@@ -28,9 +24,9 @@ def test_a_hundred_thousand_texts():
                     refused += 1
                     assert 0 <= error.position <= len(text) and error.reason
         except ParseError:
-            raise AssertionError(f"lenient parsing raised; seed {SEED}, text {text!r}") from None
+            raise AssertionError(f"lenient parsing raised, text {text!r}") from None
         except Exception as error:
-            raise AssertionError(f"seed {SEED}, text {text!r}") from error
+            raise AssertionError(f"text {text!r}") from error
     assert called > 10_000 and refused > 5_000  # they are not all nonsense
 
 
@@ -90,7 +86,7 @@ def test_time_is_linear(prefix):
         short = prefix + repeated * (2_000 // len(repeated))
         long = prefix + repeated * (16_000 // len(repeated))
         for read in (parse, stream):
-            for _ in range(4):  # something else may have taken the time
+            for _ in range(12):  # something else may have taken the time
                 # Below a millisecond, other things than the parser are measured.
                 ratio = seconds(read, long) / max(seconds(read, short), 1e-3)
                 if ratio < 24:

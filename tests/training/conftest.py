@@ -32,7 +32,7 @@ def unsloth_ext(environment, current_folder):
             cwd=current_folder,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
 
     return call

@@ -90,7 +90,7 @@ def test_an_interrupted_comparison_leaves_its_records_and_no_process(comparison,
     while process.poll() is None and not records(tmp_path / "pristine"):
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(30) == code
+    assert process.wait(300) == code
     count = len(records(tmp_path / "pristine"))
     time.sleep(1)
     assert count == len(records(tmp_path / "pristine")) > 0
@@ -120,8 +120,9 @@ def test_the_embedded_base_is_the_same_every_time(comparison, environment, tmp_p
     ],
 )
 def test_bad_usage_is_quick_and_named(unsloth_ext, words, code, complaint):
-    started = time.monotonic()
-    done = unsloth_ext(*words)
+    done = unsloth_ext(*words, PYTHONPROFILEIMPORTTIME="1")
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
     assert complaint in done.stderr
-    assert time.monotonic() - started < 5
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert "unsloth_ext" in imported and not imported & {"torch", "transformers", "unsloth"}  # what takes seconds

@@ -183,7 +183,10 @@ def scale_(x, g) -> None:
     if x.numel() == 0:
         return
     if not by_triton(x) or not x.is_contiguous():
-        x.copy_((x * (g.to(x.dtype) if g.dim() == 0 else g.to(x.dtype)[:, None])).masked_fill_(x == 0, 0))
+        # g keeps its dtype: 65536 times a mean's coefficient is more than fp16 holds. A row of zeros stays one, whatever g is.
+        zero = x == 0
+        torch.mul(x, g.reshape(-1, *[1] * (x.dim() - 1)), out=x)
+        x.masked_fill_(zero, 0)
         return
     columns = x.shape[-1] if g.dim() else 1
     kernels.scale_kernel[(triton.cdiv(x.numel(), 4096),)](
