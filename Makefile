@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz lint format bench claims readme apply-patches unapply-patches check-patches export-patches rebase-patches clean
+.PHONY: help setup demo test test-all fuzz lint format bench claims readme apply-patches unapply-patches check-patches export-patches rebase-patches clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
@@ -21,6 +21,9 @@ demo: setup ## a real QLoRA run, pristine Unsloth beside Unsloth + unsloth_ext, 
 	@$(PY) -m unsloth_ext train --compare
 
 test: setup lint ## everything: package, patches, upstream tests on both faces, a short run (9 minutes on 2 cores)
+	@$(PY) -m pytest -n 2 --dist loadfile -m 'not extended' $(PYTEST)
+
+test-all: setup lint ## the same with the tests that take minutes each
 	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST)
 
 fuzz: setup ## the searching tests (parser, guard, NF4 states), on texts that no run has tried

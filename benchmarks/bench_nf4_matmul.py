@@ -8,7 +8,6 @@ Every linear of Llama 3.2 1B, 3.1 8B and 70B is a shape. `--quick`: two shapes, 
 """
 
 import argparse
-import inspect
 import math
 import sys
 import time
@@ -65,9 +64,10 @@ def contestants():
     import bitsandbytes as bnb
     from unsloth.kernels import utils
 
+    import unsloth_ext
     from unsloth_ext.nf4.matmul import linear
 
-    utils._fast_dequantize_bnb = inspect.unwrap(utils._fast_dequantize_bnb)  # as it is without this package
+    unsloth_ext.disable("nf4")  # the others as they are without this package
 
     def unsloth(x, layer, dense):
         if x.shape[0] <= 512:

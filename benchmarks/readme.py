@@ -34,11 +34,14 @@ def patches() -> str:
     def states(releases):
         folders = {package: pristine_tree(package, release) / package for package, release in releases.items()}
         # The TRL of the tested stack; the older release's own (up to 0.24) is none that a patch is for.
-        return survey(unsloth_ext.patches(), folders | ({"trl": folder_of("trl")} if releases is PINNED else {}))
+        others = ("transformers", "bitsandbytes", *(("trl",) if releases is PINNED else ()))
+        return survey(unsloth_ext.patches(), folders | {other: folder_of(other) for other in others})
+
+    switch = {patch.id: f", with `{patch.switch}=1`" for patch in unsloth_ext.patches() if patch.switch}
 
     def cell(row):
         reason = "for a later TRL" if row.reason == "trl is not installed" else row.reason
-        return row.state if row.state == "applied" else f"{row.state}: {reason}"
+        return "applied" + switch.get(row.id, "") if row.state == "applied" else f"{row.state}: {reason}"
 
     rows = [
         (f"`{now.id}`", now.challenge, now.summary, cell(now), cell(old))

@@ -125,7 +125,10 @@ def test_on_the_patched_tree_the_run_time_face_steps_aside(patched):
     from unsloth_ext.patching.release import folder_of
     from unsloth_ext.patching.survey import survey
 
-    folders = {package: patched / package for package in UPSTREAM.values()} | {"trl": folder_of("trl")}
+    others = ("trl", "transformers", "bitsandbytes")
+    folders = {package: patched / package for package in UPSTREAM.values()} | {
+        other: folder_of(other) for other in others
+    }
     rows = survey(unsloth_ext.patches(), folders)
     # nf4.dequantize replaces another function than its git patch changes: with both in, the same kernel runs.
     alone = {patch.id for patch in unsloth_ext.patches() if patch.run_time_only}

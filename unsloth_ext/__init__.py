@@ -8,7 +8,8 @@ nothing behind, `enable("loss")` puts them in again.
 
 Environment: UNSLOTH_EXT_DISABLE=all (or 1) or a list of rooms and patch ids (loss,tools.empty_tool_calls); UNSLOTH_EXT_STRICT=1
 turns a skipped or failed patch, and a name in UNSLOTH_EXT_DISABLE that does not exist, into an error; UNSLOTH_EXT_QUIET=1 mutes
-the line.
+the line. Some patches wait for a switch of their own (`Patch.switch`, shown by `status()`): UNSLOTH_EXT_FSDP2=1 lets a Trainer
+under torchrun shard its 4-bit model.
 
 Importing this module costs a few milliseconds and imports nothing heavy: Unsloth wants to come before transformers, trl and
 peft, and this has to come before Unsloth.
@@ -24,7 +25,7 @@ from .version import __version__
 __all__ = ["PatchError", "PatchStatus", "StatusTable", "__version__", "disable", "enable", "patches", "status"]
 
 # Folders with a `patch.py` that declares PATCHES, in the order in which they are applied.
-ROOMS = ("loss", "tools", "nf4")
+ROOMS = ("loss", "tools", "nf4", "fsdp2", "compiling")
 
 _YES = ("1", "true", "yes", "on")
 
@@ -120,7 +121,10 @@ def _install() -> None:
         off -= set(unknown)
     if off:
         _registry.disable(*off, reason="by UNSLOTH_EXT_DISABLE")
-    on = [patch.id for patch in patches() if not off & {"all", patch.id, patch.room}]
+    import_module(
+        f"{__name__}.fsdp2.switch"
+    ).requested()  # a wrong setting is an error now, not when the model has been loaded
+    on = [patch.id for patch in patches() if not (off & {"all", patch.id, patch.room} or patch.is_switched_off)]
     if on:
         _registry.enable(*on)
         _registry.on_import("unsloth", _summary)

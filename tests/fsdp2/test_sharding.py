@@ -335,8 +335,6 @@ def test_a_rank_that_dies_is_noticed(ranks, checkpoints, when):
     message, seconds = ranks(2, _one_dies, folder=str(checkpoints["nf4"]), when=when, may_die=(1,))[0]
     assert seconds < 240 and message != "nothing happened"  # before the process group's own 300 s
     if when == "before sharding":
-        assert (
-            "sharding the model: not every rank arrived within 4 s" in message and "1" in message.split("within 4 s")[1]
-        )
+        assert "sharding the model: not every rank arrived (waiting at most 4 s): missing 1 of 2" in message
     else:
         assert "Connection" in message or "peer" in message, message

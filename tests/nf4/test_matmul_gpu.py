@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nf4_states import Spec, specs
 
-from unsloth_ext.nf4 import dequantize, matmul, matmul_launch, matmul_table
+from unsloth_ext.nf4 import dequantize, matmul_launch, matmul_plan, matmul_table
 from unsloth_ext.nf4.matmul import linear
 from unsloth_ext.nf4.matmul_table import Few, Many
 from unsloth_ext.nf4.quant_state import read
@@ -25,11 +25,11 @@ def no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
-    assert matmul._given_up == {}
+    assert matmul_plan._given_up == {}
 
 
 def kernels_here():
-    return torch.cuda.get_device_capability() in matmul_table.CARDS
+    return matmul_table.enabled(torch.cuda.current_device())
 
 
 def draw(*shape, dtype=torch.bfloat16, seed=0):
@@ -89,7 +89,7 @@ def test_every_launch_shape(shape, dtype, nested, monkeypatch):
         packed, state = Spec(rows=1000, columns=2048, dtype=dtype, nested=nested, seed=rows).make("cuda")
         x = draw(rows, 2048, dtype=dtype, seed=rows)
         y = torch.full((rows, 1000), float("nan"), dtype=dtype, device="cuda")
-        assert matmul.run(x, packed, read(state), None, y)
+        assert matmul_plan.run(x, packed, read(state), None, y)
         assert as_good_as_dense(y, x, packed, state), (shape, rows)
 
 
@@ -105,7 +105,7 @@ def test_planned_calls_follow_their_weight():
     packed, state = LARGE.make("cuda")
     x = draw(3, 2048)
     linear(x, packed, state)
-    assert (id(state) in matmul.plans) == kernels_here()
+    assert (id(state) in matmul_plan.plans) == kernels_here()
     for seed in range(1, 4):
         other, its_state = Spec(rows=1024, columns=2048, seed=seed).make("cuda")
         packed.data = other.data.clone()
@@ -114,6 +114,7 @@ def test_planned_calls_follow_their_weight():
         state.state2 = copy.copy(its_state.state2)
         for _ in range(3):
             assert as_good_as_dense(linear(x, packed, state), x, packed, state)
+        assert not kernels_here() or matmul_plan.plans[id(state)].is_of(state)  # the plan is of the new scales
     storage = packed.untyped_storage()
     size = storage.size()
     storage.resize_(0)  # as FSDP2 frees a gathered weight
@@ -152,7 +153,7 @@ def test_first_used_while_a_graph_is_captured():
     linear(x, packed, state)
     dequantize(packed, state)
     torch.mm(x, draw(2048, 8))
-    matmul.forget()
+    matmul_plan.forget()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = linear(x, packed, state)
@@ -203,7 +204,7 @@ def test_opcheck():
 def test_kernels_that_are_wrong_are_not_used(monkeypatch):
     if not kernels_here():
         pytest.skip("no measured row for this card")
-    matmul.forget()
+    matmul_plan.forget()
     launched = matmul_launch.launch
 
     def wrong(variant, x, packed, absmax, code2, absmax2, offset, bias, out):
@@ -217,5 +218,5 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch):
         patched.setattr(matmul_launch, "launch", wrong)
         with pytest.warns(RuntimeWarning, match="an NF4 matmul kernel .* is not used on .*: its result is off"):
             y = linear(x, packed, state)
-    assert as_good_as_dense(y, x, packed, state) and matmul._given_up
-    matmul.forget()
+    assert as_good_as_dense(y, x, packed, state) and matmul_plan._given_up
+    matmul_plan.forget()

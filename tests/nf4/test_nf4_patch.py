@@ -115,8 +115,8 @@ def test_on_the_installed_unsloth(python):
     from unsloth_ext.patching.release import folder_of
     from unsloth_ext.patching.survey import survey
 
-    (row,) = survey(PATCHES, {"unsloth": folder_of("unsloth")})
-    assert row.state == "applied", row
+    rows = survey(PATCHES, {name: folder_of(name) for name in ("unsloth", "bitsandbytes")})
+    assert {row.state for row in rows} == {"applied"}, rows
     python(
         "import sys; sys.path.insert(0, sys.argv[1]) if sys.argv[1:] else None\n"
         "import unsloth_ext\n"
@@ -128,17 +128,24 @@ def test_on_the_installed_unsloth(python):
         "from unsloth.kernels import utils, fast_lora\n"
         "from bitsandbytes.functional import quantize_4bit\n"
         "import torch\n"
+        "import bitsandbytes\n"
+        "from unsloth.models import llama\n"
         "before = dict(vars(utils))\n"
+        "others = [bitsandbytes.matmul_4bit, llama.unsloth_fast_generate]  # not as globals: those are rebound too\n"
         "for _ in range(3):\n"
         "    registry.enable()\n"
-        "    (row,) = registry.status()\n"
-        "    assert row.state == 'applied', row\n"
-        "    changed = [name for name in before if vars(utils)[name] is not before[name]]\n"
-        "    assert changed == ['_fast_dequantize_bnb'], changed\n"
+        "    assert {row.state for row in registry.status()} == {'applied'}, registry.status()\n"
+        "    changed = {name for name in before if vars(utils)[name] is not before[name]}\n"
+        "    assert changed == {'_fast_dequantize_bnb', '_fast_gemv_bnb', 'fast_linear_forward', 'matmul_lora'}, changed\n"
+        "    assert fast_lora.matmul_lora is utils.matmul_lora and llama.fast_linear_forward is utils.fast_linear_forward\n"
+        "    assert bitsandbytes.matmul_4bit is bitsandbytes.autograd._functions.matmul_4bit is not others[0]\n"
+        "    assert llama.unsloth_fast_generate.__name__ == 'unsloth_fast_generate'\n"
+        "    assert llama.unsloth_fast_generate is not others[1]\n"
         "    assert utils.fast_dequantize is fast_lora.fast_dequantize\n"
         "    assert utils.fast_dequantize(7, None) == 7\n"
         "    registry.disable()\n"
-        "    assert all(vars(utils)[name] is value for name, value in before.items())\n",
+        "    assert all(vars(utils)[name] is value for name, value in before.items())\n"
+        "    assert bitsandbytes.matmul_4bit is others[0] and llama.unsloth_fast_generate is others[1]\n",
         path=[Path(__file__).parents[2]],
         UNSLOTH_ALLOW_CPU="1",
         UNSLOTH_EXT_DISABLE="nf4",

@@ -81,6 +81,25 @@ def test_patched_before_anyone_imports_from_it(world):
     assert state(registry) == ("applied", "")
 
 
+def test_a_patch_with_a_switch_waits_for_it(world, monkeypatch):
+    w = world()
+    until = "until ROOM_SCALE=1 or unsloth_ext.enable('room.scale') switches it on"
+    for value in (None, "", "0", "off"):
+        monkeypatch.delenv("ROOM_SCALE", raising=False) if value is None else monkeypatch.setenv("ROOM_SCALE", value)
+        registry = w.registry(w.patch(switch="ROOM_SCALE"))
+        assert state(registry) == ("disabled", until)
+        for names in ((), ("all",), ("room",)):
+            registry.enable(*names)
+            assert state(registry) == ("disabled", until)
+    assert w.load("model").forward(1) == 2
+    registry.enable("room.scale")
+    assert state(registry) == ("applied", "") and w.load("model").forward(1) == 20
+    registry.disable()
+    monkeypatch.setenv("ROOM_SCALE", "1")
+    registry.enable()
+    assert state(registry) == ("applied", "") and w.load("model").forward(1) == 20
+
+
 def test_the_loader_is_gone_from_the_module(world):
     w = world()
     w.registry(w.patch()).enable()

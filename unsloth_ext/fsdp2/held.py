@@ -1,4 +1,4 @@
-"""What a rank holds of a sharded model: bytes by kind, and the packed shards as tensors that can be saved."""
+"""What a rank holds of a sharded model: bytes by kind, and its frozen parameters as tensors that can be saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .nf4_parameter import NF4Shard
 from .row_shard import RowShard
 
-__all__ = ["bytes_held", "packed_state"]
+__all__ = ["base_state", "bytes_held", "packed_state"]
 
 
 def bytes_held(model: nn.Module) -> dict[str, int]:
@@ -64,6 +64,20 @@ def packed_state(model: nn.Module) -> dict[str, DTensor]:
                 rows[: stop - start], parameter.device_mesh, [*[_replicated()] * (parameter.device_mesh.ndim - 1), Shard(0)],
                 run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride(),
             )  # fmt: skip
+    return state
+
+
+def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that is frozen, for torch.distributed.checkpoint: `packed_state`, the NF4 weights' offsets ({weight}.nested_offset,
+    float32 []), and the parameters that are not quantised. This rank's own memory."""
+    state = dict(packed_state(model))
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if isinstance(local, NF4Shard):
+            if local.fields.offset is not None:
+                state[f"{name}.nested_offset"] = local.fields.offset
+        elif not parameter.requires_grad:
+            state[name] = parameter.detach()
     return state
 
 

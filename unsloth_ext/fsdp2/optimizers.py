@@ -24,18 +24,25 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         raise ValueError("on_local_shards must be called before the optimizer's first step: it has state already")
     pairs: list[tuple[torch.Tensor, nn.Parameter]] = []
     sharded: list[torch.Tensor] = []
+    parts: list[
+        list[tuple[torch.Tensor, torch.Tensor | None]]
+    ] = []  # of each group, for the state's names (optimizer_state.py)
     for group in optimizer.param_groups:
         local = []
+        parts.append([])
         for parameter in group["params"]:
             if not isinstance(parameter, DTensor):
                 local.append(parameter)
+                parts[-1].append((parameter, parameter))
                 continue
             sharded.append(parameter)
             part = parameter.to_local().detach()
+            parts[-1].append((parameter, nn.Parameter(part, requires_grad=True) if part.numel() else None))
             if part.numel():
-                local.append(nn.Parameter(part, requires_grad=True))
+                local.append(parts[-1][-1][1])
                 pairs.append((parameter, local[-1]))
         group["params"] = local
+    optimizer._unsloth_ext_parts = parts
 
     def hand_over(*_):
         for parameter, part in pairs:

@@ -6,8 +6,10 @@ collectives, and their outcome is exchanged: every rank raises the same message,
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import UnslothExtError, UsageError
 
-__all__ = ["agree", "default_mesh", "device_of", "meet", "position"]
+__all__ = ["agree", "default_mesh", "device_of", "meet", "over_gloo", "position"]
 
 LIMIT = datetime.timedelta(minutes=10)
+_SHORT = datetime.timedelta(seconds=5)
+_TAG = 0x75E2  # of the messages of `meet`
 
 
 def default_mesh(device: torch.device | str | None = None, timeout: datetime.timedelta | None = None) -> DeviceMesh:
@@ -71,20 +75,57 @@ def agree(error: Exception | None, what: str) -> None:
 _control: list = []  # [the process group of all ranks, one of all ranks over gloo]
 
 
-def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
-    """Wait until all ranks are here, at most `timeout` (10 minutes). Raises `UnslothExtError`, on rank 0 with the missing ranks.
-
-    Goes over gloo, whatever the backend of the training: it alone can say who is missing.
-    """
-    timeout = timeout or LIMIT
+def over_gloo(timeout: datetime.timedelta | None = None):
+    """A group of all ranks over gloo, made once: it alone can say who is missing, whatever the backend of the training."""
     world = dist.group.WORLD
     if not _control or _control[0] is not world:
-        over_gloo = dist.get_backend() == "gloo"
-        _control[:] = [world, world if over_gloo else dist.new_group(backend="gloo", timeout=timeout)]
-    try:
-        dist.monitored_barrier(_control[1], timeout=timeout, wait_all_ranks=True)
-    except RuntimeError as error:
+        gloo = dist.get_backend() == "gloo"
+        _control[:] = [world, world if gloo else dist.new_group(backend="gloo", timeout=timeout or LIMIT)]
+    return _control[1]
+
+
+def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
+    """Wait until all ranks are here, at most `timeout` (10 minutes). Raises `UnslothExtError` on every rank, with who is missing.
+
+    Every rank tells rank 0 that it is there, and rank 0 tells all who is not. Unlike `torch.distributed.monitored_barrier`, whose
+    other ranks learn nothing when one is missing and wait on.
+    """
+    group, timeout = over_gloo(timeout), timeout or LIMIT
+    rank, world = dist.get_rank(), dist.get_world_size()
+    missing = torch.zeros(world, dtype=torch.uint8)
+    if rank != 0:
+        try:
+            dist.isend(missing[:1], 0, group=group, tag=_TAG).wait(timeout)
+            # Rank 0 may come as late as is allowed, and then wait as long as is allowed.
+            dist.irecv(missing, 0, group=group, tag=_TAG + 1).wait(2 * timeout + _SHORT)
+        except RuntimeError as error:
+            raise UnslothExtError(
+                f"{what}: rank 0 did not answer: {str(error).splitlines()[0]}",
+                "Look at its output: it failed first.",
+            ) from error
+    else:
+        last, arriving = time.monotonic() + timeout.total_seconds(), {}
+        for other in range(1, world):
+            try:
+                arriving[other] = dist.irecv(torch.zeros(1, dtype=torch.uint8), other, group=group, tag=_TAG)
+            except RuntimeError:  # its connection is known to be closed
+                missing[other] = 1
+        for other, message in arriving.items():
+            try:
+                message.wait(datetime.timedelta(seconds=max(0.01, last - time.monotonic())))
+            except RuntimeError:
+                missing[other] = 1
+        answers = []
+        for other in range(1, world):
+            if not missing[other]:
+                with contextlib.suppress(RuntimeError):
+                    answers.append(dist.isend(missing, other, group=group, tag=_TAG + 1))
+        for answer in answers:
+            with contextlib.suppress(RuntimeError):
+                answer.wait(_SHORT)
+    if missing.any():
+        names = ", ".join(str(r) for r in missing.nonzero().flatten().tolist())
         raise UnslothExtError(
-            f"{what}: not every rank arrived within {timeout.total_seconds():g} s: {error}",
-            "Look at the output of the rank that is missing: it failed first.",
-        ) from error
+            f"{what}: not every rank arrived (waiting at most {timeout.total_seconds():g} s): missing {names} of {world}",
+            "Look at the output of what is missing: it failed first.",
+        )

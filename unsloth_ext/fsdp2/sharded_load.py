@@ -78,6 +78,7 @@ def load(
     agree(error, f"loading {checkpoint}")
     materialise(model, index, mesh, dtype, plan)
     quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer  # a Trainer asks it whether the model can be trained
     with contextlib.suppress(OSError, ValueError):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(checkpoint)

@@ -111,6 +111,7 @@ def shard(
     fully_shard(model, **options, ignored_params=kept_whole)
     _prefetch(layers)
     _keep_resident(model, layers, residency)
+    model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     _initialise(model)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by

@@ -1,352 +1,167 @@
 """`linear(x, packed, quant_state)`: x W^T with an NF4 weight that is never written out, for few rows of x.
 
-In progress: nothing calls it yet, and this state of it has not been run on a card as a whole (benchmarks/NOTES.md).
-
 The ways, and what decides between them:
 
 * On a card whose table (`matmul_table.py`) has a measured row for this weight and this many rows of x: the kernels of
-  `matmul_kernel.py`, straight from bitsandbytes' bytes. As for `dequantize`, the first call for a weight checks everything and
-  remembers a plan; later calls compare what may have changed by identity, read addresses afresh, and launch.
+  `matmul_kernel.py`, straight from bitsandbytes' bytes, launched by `matmul_plan.py`.
 * Everywhere else (more rows, other cards, fp32, odd shapes, the CPU): `dequantize`, then torch's matmul.
 * With a gradient to x, while torch.compile traces, and under modes such as fake tensors: `torch.ops.unsloth_ext.nf4_linear`,
   an operator around the same. Its backward is `dY @ dequantize(W)`.
 
-Nobody has to trust a kernel: the first use of each compiled variant is compared with dequantise and matmul on rows of the weight
-at hand. Where that is off, or does not compile, that variant is not used any more, with one warning.
+A LoRA adapter adds two small matmuls, `x A^T` and then `B` onto the result in place. They are cuBLAS': A and B together have a
+hundredth of the weight's bytes, so that launches are all they cost, and those a CUDA graph takes.
 """
 
 from __future__ import annotations
 
-import threading
-import warnings
-import weakref
+import contextlib
+from numbers import Real
 
 import torch
 
-from . import dequantization
-from .quant_state import NF4State, check, offset_on, read
+from . import matmul_plan
+from .matmul_plan import dense, forget, plans, run
+from .quant_state import NF4State, check, read
 
 __all__ = ["forget", "linear", "plans", "run"]
 
 _is_compiling, _is_dynamo_compiling = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
-_PIECE = 512  # rows of the weight that the first use is compared on
-# Relative difference to fp32 arithmetic, in the 2-norm, that still is rounding: what dequantise + cuBLAS has is 2.4e-3 and 3e-4.
-_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-_lock = threading.Lock()
-plans: dict[int, object] = {}  # id(quant_state) -> plan(x, packed, quant_state, bias); gone with the state
-_plan_of = plans.get
-_ready: dict = {}  # Variant -> a direct launcher, or None: through Triton
-_given_up: dict = {}  # Variant -> why
+_plan_of = matmul_plan.plans.get
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, quant_state, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ W.T + bias` for an NF4 weight, without writing the dense weight where a kernel is measured to be faster.
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    quant_state,
+    bias: torch.Tensor | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` for an NF4 weight W, which is not written out where a kernel is faster.
 
     x: [..., K], float16, bfloat16 or float32.
     packed: the weight's 4-bit values as bitsandbytes holds them, two a byte, contiguous; its own shape ([bytes, 1], or the
         transposed [1, bytes]) does not matter.
     quant_state: its `bitsandbytes.functional.QuantState`, or the nested list of old versions, of shape [N, K].
     bias: [N], of x's dtype.
+    lora: (A [r, K], B [N, r], scaling), an adapter as peft holds it; A and B of any floating dtype, used in x's.
+    out: where to write, [..., N] of x's dtype, not overlapping x; allocated if None. Not with gradients, and not under torch.compile.
 
     Returns [..., N] of x's dtype. The weight is that of `dequantize(packed, quant_state, dtype=x.dtype)`, or closer to
     `code * scale` than that: up to 16 rows of x the scale is applied in fp32. Sums are fp32; repeated calls give equal bits.
-    Differentiable with respect to x and bias. Runs on x's device and current stream and waits for nothing. Raises TypeError or
-    ValueError naming the argument.
+    The adapter's part is added to the rounded result, as peft adds it, with x A^T rounded to x's dtype. Autocast changes nothing.
+    Differentiable with respect to x, bias, A and B. Runs on x's device and current stream and waits for nothing. Raises TypeError
+    or ValueError naming the argument.
 
-    The format is that of QLoRA (arXiv 2305.14314); the method is described in `matmul_kernel.py`.
+    The format is that of QLoRA (arXiv 2305.14314), the adapter that of LoRA (arXiv 2106.09685); the method is described in
+    `matmul_kernel.py`.
     """
     if _is_dynamo_compiling():
-        return _traced(x, packed, quant_state, bias)
+        if out is not None:
+            raise ValueError("out cannot be given under torch.compile: leave it out, the compiler places the result")
+        y = _traced(x, packed, quant_state, bias)
+        return y if lora is None else _plus_lora(y, x, lora)
     plan = _plan_of(id(quant_state))
-    if plan is not None and (result := plan(x, packed, quant_state, bias)) is not None:
-        return result
-    if _is_compiling() or torch._C._len_torch_dispatch_stack() or _wants_gradient(x, bias):
-        return _traced(x, packed, quant_state, bias)
-    state = read(quant_state)
-    _check(x, packed, state, bias)
-    return _linear(x, packed, state, bias, quant_state)
+    if plan is None or (y := plan(x, packed, quant_state, bias, out)) is None:
+        if _is_compiling() or torch._C._len_torch_dispatch_stack() or _wants_gradient(x, bias):
+            if out is not None:
+                raise ValueError(
+                    "out cannot be given where a gradient is wanted or under a dispatch mode: leave it out"
+                )
+            y = _traced(x, packed, quant_state, bias)
+        else:
+            state = read(quant_state)
+            _check(x, packed, state, bias, out)
+            y = _linear(x, packed, state, bias, out, quant_state)
+    return y if lora is None else _plus_lora(y, x, lora, out)
 
 
-def _wants_gradient(x, bias) -> bool:
-    return torch.is_grad_enabled() and (
-        getattr(x, "requires_grad", False) or (bias is not None and getattr(bias, "requires_grad", False))
-    )
+def _wants_gradient(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
 
 
-def _check(x, packed, state: NF4State, bias) -> None:
+def _check(x, packed, state: NF4State, bias, out=None) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check(packed, state, None, x.dtype)
     if len(state.shape) != 2:
         raise ValueError(f"quant_state.shape must be [N, K], got {tuple(state.shape)}")
-    if x.ndim == 0 or x.shape[-1] != state.shape[1]:
-        raise ValueError(
-            f"x must have {state.shape[1]} columns for a weight of {tuple(state.shape)}, got {tuple(x.shape)}"
-        )
+    n, k = state.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have {k} columns for a weight of {(n, k)}, got {tuple(x.shape)}")
     if x.device != packed.device:
         raise ValueError(f"x must be on {packed.device} like the packed weight, got {x.device}")
     if bias is not None:
-        if not isinstance(bias, torch.Tensor):
-            raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
-        if tuple(bias.shape) != (state.shape[0],):
-            raise ValueError(f"bias must have shape {(state.shape[0],)}, got {tuple(bias.shape)}")
-        if bias.dtype != x.dtype or bias.device != x.device:
-            raise ValueError(f"bias must be {x.dtype} on {x.device} like x, got {bias.dtype} on {bias.device}")
+        _check_like("bias", bias, (n,), x)
+    if out is not None:
+        _check_like("out", out, (*x.shape[:-1], n), x)
 
 
-def _linear(x, packed, state: NF4State, bias, quant_state=None) -> torch.Tensor:
+def _check_like(name, tensor, shape, x) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}")
+
+
+def _linear(x, packed, state: NF4State, bias, out=None, quant_state=None) -> torch.Tensor:
     n, k = state.shape
     rows = x.reshape(-1, k)
-    out = torch.empty((rows.shape[0], n), dtype=x.dtype, device=x.device)
-    if not run(rows, packed, state, bias, out, quant_state):
-        dense = _dense(packed, state, x.dtype)
+    result = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device) if out is None else out
+    flat = result.view(-1, n) if result.is_contiguous() else result.new_empty((rows.shape[0], n))
+    if not run(rows, packed, state, bias, flat, quant_state):
+        weight = dense(packed, state, x.dtype)
         if bias is None:
-            torch.mm(rows, dense.t(), out=out)
+            torch.mm(rows, weight.t(), out=flat)
         else:
-            torch.addmm(bias, rows, dense.t(), out=out)
-    return out.view(*x.shape[:-1], n)
+            torch.addmm(bias, rows, weight.t(), out=flat)
+    return result if result.is_contiguous() else result.copy_(flat.view(result.shape))
 
 
-def _dense(packed, state: NF4State, dtype) -> torch.Tensor:
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
-    if not dequantization.run(packed, state, out):
-        dequantization._by_bitsandbytes(packed, state, out)
-    return out
+def _plus_lora(y, x, lora, out=None):
+    a, b, scaling = _checked_lora(lora, y, x)
+    rows, flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    with _without_autocast(x.device.type):
+        if _is_compiling() or _wants_gradient(y, x, a, b):
+            if out is not None:
+                raise ValueError("out cannot be given where a gradient is wanted: leave it out")
+            low = rows @ a.to(x.dtype).t()
+            return torch.addmm(flat, low, b.to(x.dtype).t(), alpha=scaling).view(y.shape)
+        low = torch.mm(rows, a.to(x.dtype).t())
+        if y.is_contiguous():  # then `flat` is a view
+            flat.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+            return y
+        return y.copy_(torch.addmm(flat, low, b.to(x.dtype).t(), alpha=scaling).view(y.shape))
 
 
-def forget() -> None:
-    """Drop every plan and every verdict about a device."""
-    with _lock:
-        plans.clear()
-        _ready.clear()
-        _given_up.clear()
-
-
-def run(x: torch.Tensor, packed: torch.Tensor, state: NF4State, bias, out: torch.Tensor, quant_state=None) -> bool:
-    """Launch a kernel on checked arguments, x [M, K] and out [M, N]. False, with `out` as it was, where none can, may or should.
-
-    With `quant_state`, the object that `state` was read from, later calls may use a plan.
-    """
-    if out.device.type != "cuda" or out.numel() == 0:
-        return False
-    from . import matmul_table
-
-    index = out.get_device()
-    variant = matmul_table.variant_for(index, x.dtype, x.shape[0], state, bias is not None)
-    if variant is None or variant in _given_up:
-        return False
-    from . import launch, matmul_launch
-
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    nested = state.code2 is not None
-    offset = offset_on(out.device, state.offset) if nested else None
-    fields = (packed, state.absmax, *((state.code2, state.absmax2, offset) if nested else (state.absmax,) * 3))
-    addresses = [field.data_ptr() for field in fields]
-    if 0 in addresses:
-        name = ("packed", "absmax", "state2.code", "state2.absmax", "offset")[addresses.index(0)]
-        raise ValueError(f"{name} has no storage: its memory was freed")
-    if addresses[0] % 16:
-        return False
-    if variant not in _ready and not _first_use(variant, packed, state, offset):
-        return False
-    if (go := _ready[variant]) is None or dequantization._hooked(launch):
-        matmul_launch.launch(variant, x, packed, state.absmax, state.code2, state.absmax2, offset, bias, out)
-        return True
-    with torch.cuda.device(index):
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        go(stream, x.data_ptr(), *addresses, 0 if bias is None else bias.data_ptr(), out.data_ptr(), *out.shape)
-    if quant_state is not None and type(quant_state) is not list and (offset is state.offset or not nested):
-        _remember(quant_state, state, packed, index)
-    return True
-
-
-def _first_use(variant, packed, state: NF4State, offset) -> bool:
-    """Compile a variant and compare it with dequantise + matmul on the first rows of this weight. True if it may be used."""
-    from . import matmul_launch
-
-    if torch.cuda.is_current_stream_capturing():
-        return False  # cannot wait for a result here: a later call outside the capture will
-    with _lock:
-        if variant in _ready:
-            return True
-        index, dtype, k = variant.device_index, variant.dtype, variant.columns
-        n = min(state.shape[0], _PIECE)
-        blocks = -(-n * k // state.blocksize)
-        piece = state._replace(
-            absmax=state.absmax.reshape(-1)[:blocks],
-            shape=torch.Size([n, k]),
-            absmax2=None if state.absmax2 is None else state.absmax2.reshape(-1)[: -(-blocks // state.blocksize2)],
-            offset=offset,
+def _checked_lora(lora, y, x):
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise TypeError(f"lora must be (A, B, scaling), got {type(lora).__name__}")
+    a, b, scaling = lora
+    for name, tensor in (("A", a), ("B", b)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"lora's {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.device != x.device:
+            raise ValueError(
+                f"lora's {name} must be a matrix of floats on {x.device} like x,"
+                f" got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+            )
+    if a.shape[1] != x.shape[-1] or b.shape[0] != y.shape[-1] or a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f"lora must be A [r, {x.shape[-1]}] and B [{y.shape[-1]}, r], got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-        head = packed.reshape(-1).view(torch.uint8)[: n * k // 2]
-        device = torch.device("cuda", index)
-        random = torch.Generator(device).manual_seed(n)  # leaves the user's random state alone
-        m = (variant.rows or variant.shape.block_m) - 1
-        try:
-            with torch.cuda.device(index), torch.no_grad():
-                x = torch.randn(m, k, dtype=dtype, device=device, generator=random)
-                bias = torch.randn(n, dtype=dtype, device=device, generator=random) if variant.bias else None
-                out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
-                compiled = matmul_launch.launch(
-                    variant, x, head, piece.absmax, piece.code2, piece.absmax2, offset, bias, out
-                )
-                expected = _in_float64(x, _dense(head, piece, torch.float32), bias)
-                finite = expected.isfinite()  # a weight may hold infinities: what is not finite there is not compared
-                difference = torch.where(finite, out.double() - expected, 0.0).norm()
-                error = (difference / torch.where(finite, expected, 0.0).norm().clamp_min(1e-30)).item()
-                problem = "" if error <= _TOLERANCE[dtype] else f"its result is off by {error:.1e}"
-                if not problem:
-                    _ready[variant] = matmul_launch.direct(variant, compiled)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
-            _given_up[variant] = problem
-            name = torch.cuda.get_device_name(index)
-            warnings.warn(
-                f"unsloth_ext: an NF4 matmul kernel ({variant}) is not used on {name}: {problem[:500]}",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        return not problem
+    if not isinstance(scaling, Real):
+        raise TypeError(f"lora's scaling must be a number, got {type(scaling).__name__}")
+    return a, b, scaling
 
 
-def _in_float64(x, weight, bias):
-    y = x.double() @ weight.double().t()
-    return y if bias is None else y + bias.double()
-
-
-# -- the short way ----------------------------------------------------------------------------------------------------------
-
-
-def _remember(quant_state, state: NF4State, packed, index: int) -> None:
-    key = id(quant_state)
-    if key in plans or type(packed) not in dequantization._plain_types():
-        return
-    try:
-        own = weakref.ref(quant_state, lambda _, plans=plans: plans.pop(key, None))
-    except TypeError:
-        return
-    plans[key] = _plan(own, quant_state.state2, state, packed, index)
-
-
-def _plan(own, state2, state: NF4State, first_packed, index: int):
-    """call(x, packed, quant_state, bias) -> the result, or None where something is not as it was.
-
-    As in `dequantization._plan`: identities are compared, addresses read afresh, absmax held weakly. Launchers are kept for each
-    number of rows, dtype and bias.
-    """
-    from . import launch, matmul_table
-
-    shape, blocksize, blocksize2 = state.shape, state.blocksize, state.blocksize2
-    n, k = shape
-    kind, packed_dtype, packed_shape = type(first_packed), first_packed.dtype, first_packed.shape
-    first, first_at = weakref.ref(first_packed), first_packed.data_ptr()
-    turned_shape = packed_shape[::-1]
-    enter, leave = launch.hooks()
-    nested = state2 is not None
-    absmax_ref, absmax_at = weakref.ref(state.absmax), state.absmax.data_ptr()
-    absmax2, code2, offset = (state.absmax2, state.code2, state.offset) if nested else (None, None, None)
-    absmax2_at, code2_at, offset_at = (t.data_ptr() for t in (absmax2, code2, offset)) if nested else (absmax_at,) * 3
-    raw_stream, current_device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
-    modes, grad_enabled, several = (
-        torch._C._len_torch_dispatch_stack,
-        torch.is_grad_enabled,
-        torch.cuda.device_count() != 1,
-    )
-    without_overrides, plain, parameter = torch._C.DisableTorchFunctionSubclass, torch.Tensor, torch.nn.Parameter
-    # A plan must not keep alive, through `state`, an absmax that its owner has replaced.
-    facts = state._replace(absmax=None, absmax2=None, code2=code2, offset=None)
-    launchers: dict = {}  # (shape of x, its dtype, with bias) -> (go, allocator of the result, rows of x)
-
-    def launcher(size, dtype, bias):
-        if not size or size[-1] != k or not (rows := size.numel() // k):
-            return None
-        variant = matmul_table.variant_for(index, dtype, rows, facts, bias)
-        go = None if variant is None else _ready.get(variant)
-        return None if go is None else (go, dequantization._allocator((*size[:-1], n), dtype, index), rows)
-
-    def call(x, packed, quant_state, bias):
-        if (
-            type(x) is not plain
-            or type(packed) is not kind
-            or own() is not quant_state
-            or quant_state.shape is not shape
-            or quant_state.blocksize != blocksize
-            or quant_state.state2 is not state2
-            or (absmax := absmax_ref()) is None
-            or quant_state.absmax is not absmax
-            or absmax.data_ptr() != absmax_at
-            or ((given := packed.shape) != packed_shape and given != turned_shape)
-            or (
-                ((packed_at := packed.data_ptr()) != first_at or first() is not packed)
-                and (
-                    not packed_at
-                    or packed_at & 15
-                    or packed.get_device() != index
-                    or packed.dtype is not packed_dtype
-                    or not packed.is_contiguous()
-                )
-            )
-            or x.get_device() != index
-            or not x.is_contiguous()
-            or (x_at := x.data_ptr()) & 15
-            or (x.requires_grad and grad_enabled())
-            or (several and current_device() != index)
-            or enter.calls
-            or leave.calls
-            or modes()
-        ):
-            return None
-        if bias is None:
-            bias_at = 0
-        elif (
-            (type(bias) is not plain and type(bias) is not parameter)
-            or bias.shape != (n,)
-            or bias.dtype is not x.dtype
-            or bias.get_device() != index
-            or not bias.is_contiguous()
-            or (bias.requires_grad and grad_enabled())
-        ):
-            return None
-        else:
-            bias_at = bias.data_ptr()
-        if nested and (
-            state2.absmax is not absmax2
-            or state2.code is not code2
-            or quant_state.offset is not offset
-            or state2.blocksize != blocksize2
-            or absmax2.data_ptr() != absmax2_at
-            or code2.data_ptr() != code2_at
-            or offset.data_ptr() != offset_at
-        ):
-            return None
-        key = x.shape, x.dtype, bias is not None
-        if (found := launchers.get(key)) is None:
-            if (found := launcher(*key)) is None:
-                return None
-            if len(launchers) >= 256:
-                launchers.clear()
-            launchers[key] = found
-        go, empty, rows = found
-        out = empty()
-        stream = raw_stream(index)
-        go(stream, x_at, packed_at, absmax_at, code2_at, absmax2_at, offset_at, bias_at, out.data_ptr(), rows, n)
-        return out
-
-    if kind is torch.Tensor:
-        return call
-
-    def call_as_plain(x, packed, quant_state, bias):
-        with without_overrides():  # a parameter of bitsandbytes sends each method call through Python otherwise
-            return call(x, packed, quant_state, bias)
-
-    return call_as_plain
+def _without_autocast(device_type):
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # -- torch.compile and autograd ---------------------------------------------------------------------------------------------

@@ -386,6 +386,11 @@ def few_rows_kernel(
         next_scale8 = _scale_of(absmax_ptr, code2_ptr, absmax2_ptr, row8, k, K, BLOCK_SHIFT, BLOCK2_SHIFT, NESTED)
         factor = _shared_scale(scale[0], scale[1], table, offset, NESTED)
         factor8 = _shared_scale(scale8[0], scale8[1], table, offset, NESTED)
+        # Past the end of a row x is zero, and the scale must be no NaN, whatever code2 and the offset hold.
+        if K % (256 * WARPS) != 0:
+            past = (warp + WARPS * step) * 256 + 64 * t >= K
+            factor = tl.where(past, 0.0, factor)
+            factor8 = tl.where(past, 0.0, factor8)
         for part in tl.static_range(8 // WORDS):
             k = (warp + WARPS * step) * 256 + SPAN * part + 8 * WORDS * t
             if WIDE:  # two blocks: lanes 0 and 1 of four hold one, in columns 0 to 3, lanes 2 and 3 the other

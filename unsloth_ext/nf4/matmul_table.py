@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -55,7 +57,7 @@ def _few(rows: int, n: int, k: int) -> Few:
 
 def _many(rows: int, n: int, k: int, blocksize: int) -> Many | None:
     """None where dequantise + cuBLAS is faster."""
-    if rows > 256 or n * k <= 1 << 22 or (rows > 64 and n < 14336):
+    if n * k <= 1 << 22 or (rows > 64 and n < 14336):
         return None
     if rows > 64:
         return Many(128, 128 if rows <= 128 else 256, warps=8)
@@ -67,22 +69,41 @@ def _many(rows: int, n: int, k: int, blocksize: int) -> Many | None:
     return shape._replace(split=split, scale_sums=blocksize >= 64)
 
 
-# Measured cards only: elsewhere `linear` dequantises.
-CARDS = {(9, 0): "H200, bench_nf4_matmul.py"}
+# Compute capability -> (a part of the card's name, where it was measured). Elsewhere `linear` dequantises.
+CARDS = {(9, 0): ("H200", "bench_nf4_matmul.py")}
+MOST_ROWS = 256  # of x that any variant takes
+
+
+@functools.cache
+def enabled(device_index: int) -> bool:
+    """Are the kernels to be used on a card? Where they were measured to be faster; UNSLOTH_EXT_NF4_MATMUL=all says everywhere from
+    Ampere on, 0 nowhere. Read once for each card."""
+    wanted = os.environ.get("UNSLOTH_EXT_NF4_MATMUL", "").strip().lower()
+    if torch.version.hip is not None or wanted == "0" or capability(device_index) < (8, 0):
+        return False
+    part, _ = CARDS.get(capability(device_index), ("", ""))
+    return wanted == "all" or (bool(part) and part in torch.cuda.get_device_name(device_index))
+
+
+def may_take(x: torch.Tensor) -> bool:
+    """Is it worth looking at the weight at all?"""
+    return x.is_cuda and 0 < x.numel() <= MOST_ROWS * x.shape[-1] and enabled(x.get_device())
 
 
 def variant_for(device_index: int, dtype: torch.dtype, rows: int, state, bias: bool) -> Variant | None:
     """The variant for a weight and so many rows of x; None where dequantise + matmul is to be taken."""
-    if dtype not in FACTORS or torch.version.hip is not None or capability(device_index) not in CARDS or not rows:
+    if dtype not in FACTORS or not 0 < rows <= MOST_ROWS or not enabled(device_index):
         return None
     n, k = state.shape
     if k % 64:
         return None
+    hopper = capability(device_index) >= (9, 0)  # for programmatic dependent launch and bulk prefetches
     if rows <= ROWS and state.blocksize >= 64:
         shape, most = _few(rows, n, k), 4 if rows <= 4 else 8 if rows <= 8 else 16
+        shape = shape if hopper else shape._replace(fetch=False)
     else:
         shape, most = _many(rows, n, k, state.blocksize), 0
         if shape is None:
             return None
     blocksize2 = state.blocksize2 if state.code2 is not None else 0
-    return Variant(device_index, dtype, k, state.blocksize, blocksize2, bias, most, True, shape)
+    return Variant(device_index, dtype, k, state.blocksize, blocksize2, bias, most, hopper, shape)

@@ -10,6 +10,7 @@ release is taken.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,8 @@ class Patch:
         patch is skipped where one of them is another.
     superseded: (specifiers, reason) pairs: releases that do it as well or better, with what was measured.
     run_time_only: why the change has no git patch. Empty for all that have one.
+    switch: an environment variable. The patch is out until that is set (and not to 0, no, off or false), or somebody enables it
+        by its id: for what changes more than Unsloth, and for what has not been measured yet.
     """
 
     id: str
@@ -125,6 +128,7 @@ class Patch:
     relies_on: tuple[Target, ...] = ()
     superseded: tuple[tuple[str, str], ...] = ()
     run_time_only: str = ""
+    switch: str = ""
 
     def __post_init__(self):
         if not self.targets:
@@ -141,3 +145,7 @@ class Patch:
     @property
     def package(self) -> str:
         return self.targets[0].package
+
+    @property
+    def is_switched_off(self) -> bool:
+        return bool(self.switch) and os.environ.get(self.switch, "").strip().lower() in ("", "0", "no", "off", "false")

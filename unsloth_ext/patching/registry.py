@@ -96,7 +96,7 @@ class Registry:
             for patch in patches:
                 if patch.id in self._records:
                     raise ValueError(f"two patches with the id {patch.id}")
-                self._records[patch.id] = _Record(patch, state="disabled", reason="not enabled yet")
+                self._records[patch.id] = _Record(patch, state="disabled", reason=_until(patch) or "not enabled yet")
 
     def patches(self) -> list[Patch]:
         return [record.patch for record in self._records.values()]
@@ -116,9 +116,13 @@ class Registry:
     # -- the user's switches -------------------------------------------------------------------------------------------
 
     def enable(self, *names: str) -> None:
-        """Put patches in: now where their modules are imported, else when they are."""
+        """Put patches in: now where their modules are imported, else when they are. One with a switch: by its id, or where the
+        switch is on."""
         with self._lock:
             chosen = [record for record in self._select(names) if record.state in ("disabled", "failed", "skipped")]
+            for record in [r for r in chosen if r.patch.is_switched_off and r.patch.id not in names]:
+                chosen.remove(record)
+                record.reason = _until(record.patch)
             for record in chosen:
                 record.state, record.reason = "pending", ""
             modules = {target.module for record in chosen for target in record.patch.targets}
@@ -271,6 +275,10 @@ class Registry:
             change.undo()
         rebind_everywhere({id(c.value): c.old for c in record.made if _is_shared(c)})
         record.made.clear()
+
+
+def _until(patch: Patch) -> str:
+    return f"until {patch.switch}=1 or unsloth_ext.enable({patch.id!r}) switches it on" if patch.is_switched_off else ""
 
 
 def choose_target(patch: Patch, release: str | None) -> tuple[tuple[str, str] | None, Target | None]:

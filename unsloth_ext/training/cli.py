@@ -27,6 +27,10 @@ def add_parsers(subparsers) -> None:
         "--compare", action="store_true", help="run the job on pristine Unsloth too, and compare the losses"
     )
     where.add_argument(
+        "--nproc", type=int, default=1, metavar="N",
+        help="processes, a card each, that share one sharded model (FSDP2; without a card N processes of the CPU)",
+    )  # fmt: skip
+    where.add_argument(
         "--tolerance", type=float, default=1e-2, help="largest allowed difference of the losses (default: %(default)s)"
     )
     where.add_argument(
@@ -38,6 +42,7 @@ def add_parsers(subparsers) -> None:
     where.add_argument(
         "--side", choices=("pristine", "patched"), help=argparse.SUPPRESS
     )  # how --compare starts its two processes
+    where.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)  # how --nproc starts its ranks
     train.set_defaults(handler=run_train)
 
     report = subparsers.add_parser(
@@ -57,13 +62,17 @@ def run_train(args: argparse.Namespace) -> int:
         raise UsageError(f"--tolerance must be a number from 0 up, got {args.tolerance}.")
     if args.resume and args.output is None:
         raise UsageError("--resume needs --output: the folder of the run to continue.")
+    if args.nproc < 1:
+        raise UsageError(f"--nproc must be at least 1, got {args.nproc}.")
+    if args.nproc > 1 and args.compare:
+        raise UsageError("--compare runs one process a side; it cannot be combined with --nproc.")
     data.read_rows(options.dataset)  # a bad line is cheaper to find now than after the imports
     _require_stack()
     folder = args.output or Path("runs", datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"))
     # Unsloth prints as it loads; with --json that must not mix with the result.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         runs = _run(args, options, folder)
-    if args.side:
+    if args.side or args.as_rank:
         return 0  # the parent process judges
     return _finish(runs, args.tolerance, folder, args.report, args.json)
 
@@ -86,6 +95,10 @@ def _run(args: argparse.Namespace, options: Options, folder: Path) -> list[dict]
         if not args.resume and any((folder / side / job.REQUEST).exists() for side in compare.SIDES):
             job.refuse(folder)
         return compare.run_sides(options, folder, args.resume)
+    if args.nproc > 1:
+        from .ranks import run_ranks
+
+        return [run_ranks(options, folder, args.nproc, args.resume)]
     return [job.run_job(options, folder, args.resume, args.side or "train")]
 
 

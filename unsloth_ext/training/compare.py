@@ -62,24 +62,24 @@ def run_side(side: str, options: Options, folder: Path, resume: bool) -> int:
             shown = len(read_steps(folder / "steps.jsonl")) if resume else 0
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                shown = _show_new(folder, shown, display)
-            _show_new(folder, shown, display)
+                shown = show_new(folder, shown, display)
+            show_new(folder, shown, display)
         finally:
             signal.signal(signal.SIGTERM, before)
-            _stop(process)
+            stop(process)
         if process.returncode:
             display.say(f"{side} ended with exit code {process.returncode}; see {folder / LOG}")
     return process.returncode
 
 
-def _show_new(folder: Path, shown: int, display: Display) -> int:
+def show_new(folder: Path, shown: int, display: Display) -> int:
     records = read_steps(folder / "steps.jsonl")
     for record in records[shown:]:
         display.show(record)
     return max(shown, len(records))
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
     """End the side and whatever it started: it leads a process group of its own."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:

@@ -4,6 +4,8 @@ Everything goes through what a user of Unsloth would write: `FastLanguageModel.f
 `SFTTrainer`. Nothing of the training loop is replaced, so the same lines run Unsloth's kernels on a GPU and its CPU backend without one, and
 a comparison measures Unsloth rather than this file. On a CPU bitsandbytes' own backend holds the weights in 4 bits.
 
+Under torchrun (`--nproc`, ranks.py) the same lines run on every rank over one sharded model; rank 0 keeps the records.
+
 The last act is a proof: the adapter is saved, the trained model answers a question, both are dropped, and the adapter loaded from disk has
 to give the same tokens.
 """
@@ -18,7 +20,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from .. import fsdp2
 from ..errors import Refused, UsageError
+from ..fsdp2 import switch
 from . import data, embedded
 from .adapter import adapter_dtypes, first_prompt, generate, restore_dtypes
 from .options import EMBEDDED_MODELS, Options
@@ -66,10 +70,13 @@ def refuse(folder: Path) -> NoReturn:
 
 def run_job(options: Options, folder: Path, resume: bool = False, label: str = "train") -> dict:
     """Train in `folder` and return what run.json then holds. An error is recorded there too before it is raised."""
-    rows = data.read_rows(options.dataset)
-    checkpoint = prepare_folder(folder, options, resume)
+    rows, ranks = data.read_rows(options.dataset), switch.world_size()
+    if ranks == 1:
+        checkpoint = prepare_folder(folder, options, resume)
+    else:  # the process that started the ranks has prepared it
+        checkpoint = newest_checkpoint(folder) if resume else None
     base = str(embedded.ensure_base(options.model)) if options.model in EMBEDDED_MODELS else options.model
-    if not resume:
+    if not resume and ranks == 1:
         write_json(folder / REQUEST, options.as_dict())  # after the base: a build that failed is no run to protect
     run: dict = {
         "format": 1,
@@ -90,8 +97,13 @@ def run_job(options: Options, folder: Path, resume: bool = False, label: str = "
     finally:
         run["steps"] = read_steps(folder / "steps.jsonl")
         run["summary"] = {**summarize(run["steps"]), **run.get("summary", {})}
-        write_json(folder / "run.json", run)
+        if _rank() == 0:
+            write_json(folder / "run.json", run)
     return run
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if switch.world_size() > 1 else 0
 
 
 def _run(
@@ -108,7 +120,11 @@ def _run(
 
     _quiet()
     run["environment"] = environment.describe()
-    cuda = torch.cuda.is_available()
+    cuda, ranks = torch.cuda.is_available(), switch.world_size()
+    if ranks > 1:
+        run["environment"]["processes"] = str(ranks)
+        if cuda and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UsageError(f"--nproc asks for {ranks} cards, and this machine has {torch.cuda.device_count()}.")
     loading = dict(
         max_seq_length=options.max_seq_length,
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
@@ -140,14 +156,16 @@ def _run(
     run["model"] = model_facts(model, tokenizer, len(token_rows))
     if options.load_in_4bit and not run["model"]["linear_4bit"]:
         print("The base model was not loaded in 4 bits; see Unsloth's messages above.", file=sys.stderr)
+    if checkpoint and (checkpoint / "sharded_optimizer").is_dir():
+        fsdp2.enable()  # ranks wrote it; one process reads it by the same hooks
     trainer = _trainer(options, folder, model, tokenizer, token_rows)
     seconds = {"load": time.perf_counter() - clock}
 
     total = options.steps or _steps_per_epochs(trainer, options)
     with Display(label, total, "card" if cuda else "peak RSS") as display:
         recorder = StepRecorder(
-            folder / "steps.jsonl",
-            display.show,
+            folder / "steps.jsonl" if _rank() == 0 else Path(os.devnull),
+            display.show if _rank() == 0 else lambda record: None,
             first_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
         )
         recorder.attach(trainer)
@@ -165,8 +183,14 @@ def _run(
 
     clock = time.perf_counter()
     adapter = folder / "adapter"
-    model.save_pretrained(str(adapter))
-    tokenizer.save_pretrained(str(adapter))
+    if ranks > 1:
+        fsdp2.save_adapter(model, adapter)
+    else:
+        model.save_pretrained(str(adapter))
+    if _rank() == 0:
+        tokenizer.save_pretrained(str(adapter))
+    if ranks > 1:
+        torch.distributed.barrier()  # the others are about to read it
     seconds["save"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -179,6 +203,8 @@ def _run(
         torch.cuda.empty_cache()
     model, tokenizer = FastLanguageModel.from_pretrained(model_name=str(adapter), **loading)
     restore_dtypes(model, dtypes)
+    if ranks > 1:
+        fsdp2.shard(model)
     reloaded = generate(FastLanguageModel, model, tokenizer, prompt)
     seconds["reload and answer"] = time.perf_counter() - clock
     run["sample"] = {
@@ -193,7 +219,8 @@ def _run(
 
 def _set_environment(folder: Path) -> None:
     """Before Unsloth is imported: its generated modules go into this run's folder, so that two runs never share them."""
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder.resolve() / "unsloth_compiled_cache")
+    own = f"-rank{_rank()}" if _rank() else ""
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder.resolve() / f"unsloth_compiled_cache{own}")
     for name, value in {
         **embedded.POLITE_THREADS,
         "TOKENIZERS_PARALLELISM": "false",
@@ -288,11 +315,7 @@ def _steps_per_epochs(trainer, options: Options) -> int:
 
 def model_facts(model, tokenizer, rows: int) -> dict:
     """What was really loaded: 4-bit modules are counted, not believed."""
-    quantized = [
-        module
-        for module in model.modules()
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None
-    ]
+    quantized = [module for module in model.modules() if _is_4bit(getattr(module, "weight", None))]
     return {
         "architecture": model.config.architectures[0] if model.config.architectures else type(model).__name__,
         "parameters": sum(_numel(parameter) for parameter in model.parameters()),
@@ -306,6 +329,12 @@ def model_facts(model, tokenizer, rows: int) -> dict:
     }
 
 
+def _is_4bit(weight) -> bool:
+    return getattr(weight, "quant_state", None) is not None or type(weight).__name__ == "NF4Shard"
+
+
 def _numel(parameter) -> int:
+    if type(parameter).__name__ == "NF4Shard":  # a rank's part, which knows the whole
+        return parameter.cut.shape.numel()
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()

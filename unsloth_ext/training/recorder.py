@@ -94,7 +94,9 @@ class StepRecorder:
                 recorder.started = time.perf_counter()
 
             def on_step_end(self, args, state, control, **kwargs):
-                loss = float(recorder.loss)  # waits for the device
+                loss, tokens, peak = recorder._of_all_ranks(
+                    float(recorder.loss), torch.cuda.max_memory_allocated() if cuda else peak_rss()
+                )  # waits for the device
                 if cuda:
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - recorder.started
@@ -103,10 +105,10 @@ class StepRecorder:
                     loss=finite(loss),
                     learning_rate=recorder.learning_rate,
                     grad_norm=None,
-                    tokens=recorder.tokens,
+                    tokens=tokens,
                     seconds=round(seconds, 6),
-                    tokens_per_second=round(recorder.tokens / seconds, 3),
-                    peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_rss(),
+                    tokens_per_second=round(tokens / seconds, 3),
+                    peak_memory_bytes=peak,
                     batch=recorder.digest.hexdigest(),
                 )
 
@@ -116,6 +118,8 @@ class StepRecorder:
                     recorder._write({**recorder.pending, "grad_norm": finite(None if norm is None else float(norm))})
 
             def on_save(self, args, state, control, **kwargs):
+                if not state.is_world_process_zero:
+                    return
                 folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
                 write_json(folder / COMPLETE, {"step": state.global_step})
 
@@ -124,6 +128,17 @@ class StepRecorder:
     loss: object = 0.0
     tokens = 0
     pending: dict | None = None
+
+    def _of_all_ranks(self, loss: float, peak: int) -> tuple[float, int, int]:
+        """(mean loss, all tokens, the largest peak): each rank's gradient comes from its own rows, and their mean is what trains."""
+        import torch.distributed as dist
+
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return loss, self.tokens, peak
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (loss, self.tokens, peak))
+        losses, tokens, peaks = zip(*found, strict=True)
+        return sum(losses) / len(losses), sum(tokens), max(peaks)
 
     def _count(self, inputs: dict) -> None:
         """Tokens and fingerprint of a micro-batch, padding left out: two loaders may pad differently and still train on the same rows."""

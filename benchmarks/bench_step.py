@@ -1,0 +1,315 @@
+"""A whole QLoRA step: Unsloth as it is released, plain transformers, and both with compile_model; padded, packed and dense.
+
+    python benchmarks/bench_step.py --tokenizer FOLDER [--only REGEX] [--work FOLDER]     on a card, about 25 minutes for all
+    python benchmarks/bench_step.py --quick                                               tiny, on a CPU: shows that it runs
+
+Llama shapes with random weights in 4 bit, LoRA of rank 16 on all seven projections, bf16. Each variant runs in a process of
+its own, the released Unsloth without this package. A packed batch is one row of 8192 tokens, documents of 200 to 2000; every
+step has another packing, the same for all variants, and the padded case pads the same documents. Tokens are counted without
+padding. The first step is timed apart: it compiles. A row is kept as soon as it is measured: a second call with the same
+--work goes on where the first stopped.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import record
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES = {  # name -> architecture, kind of batch, rows, tokens a row
+    "8b dense": ("llama-3.1-8b", "dense", 2, 4096),
+    "8b packed": ("llama-3.1-8b", "packed", 1, 8192),
+    "8b padded": ("llama-3.1-8b", "padded", 1, 8192),
+    "1b dense": ("llama-3.2-1b", "dense", 2, 2048),
+    "1b packed": ("llama-3.2-1b", "packed", 1, 8192),
+    "quick dense": ("quick", "dense", 2, 48),
+    "quick packed": ("quick", "packed", 1, 96),
+    "quick padded": ("quick", "padded", 1, 96),
+}
+VARIANTS = {  # name -> stack, use_gradient_checkpointing, scope of compile_model (None: not compiled by it)
+    "Unsloth, checkpointing 'unsloth'": ("unsloth", "unsloth", None),
+    "Unsloth, checkpointing True": ("unsloth", True, None),
+    "Unsloth, checkpointing False": ("unsloth", False, None),
+    "ours, checkpointing False, not compiled by us": ("ours", False, None),
+    "ours, checkpointing 'unsloth', block": ("ours", "unsloth", "block"),
+    "ours, checkpointing False, block": ("ours", False, "block"),
+    "ours, checkpointing False, step": ("ours", False, "step"),
+    "transformers": ("transformers", False, None),
+    "transformers, torch.compile": ("transformers", False, "torch.compile"),
+    "transformers and ours, block": ("transformers and ours", False, "block"),
+    "transformers and ours, step": ("transformers and ours", False, "step"),
+}
+QUICK = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16, max_position_embeddings=512)  # fmt: skip
+
+
+def documents(total: int, seed: int, least: int, most: int) -> list[int]:
+    """Lengths between `least` and `most` that fill `total`; only the last may be shorter."""
+    draw, lengths = random.Random(seed), []
+    while (left := total - sum(lengths)) > 0:
+        lengths.append(min(left, draw.randint(least, most)))
+    return lengths
+
+
+def batch_of(case: str, seed: int, vocabulary: int, device: str, stack: str) -> tuple[dict, int]:
+    """(what the model is called with, tokens that are not padding)."""
+    import torch
+
+    _, kind, rows, length = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "dense":
+        ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
+        return {"input_ids": ids, "labels": ids}, rows * length
+    lengths = documents(length, seed, 200, 2000) if length > 500 else documents(length, seed, 5, 30)
+    texts = [torch.randint(vocabulary, (n,), generator=generator) for n in lengths]
+    if kind == "padded":
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        labels = ids.masked_fill(mask == 0, -100)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: value.to(device) for name, value in batch.items()}, length
+    ids = torch.cat(texts)[None]
+    labels = torch.cat([torch.cat([torch.tensor([-100]), text[1:]]) for text in texts])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    batch = {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device)}
+    if stack in ("unsloth", "ours"):  # as Unsloth's collator leaves them: on the host
+        batch["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    return batch, length
+
+
+def checkpoint(architecture: str, work: Path, tokenizer: Path | None) -> Path:
+    """The architecture with random weights, in 4 bit: made once, loaded by every variant."""
+    folder = work / architecture
+    if (folder / "config.json").exists():
+        return folder
+    import checkpoints
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=work) as dense:
+        if architecture == "quick":
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**QUICK)).to(torch.bfloat16).save_pretrained(dense)
+        else:
+            checkpoints.build(architecture, Path(dense))
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(
+            dense, quantization_config=settings, dtype=torch.bfloat16, device_map={"": device}
+        )
+        model.save_pretrained(work / f"{architecture}.part")
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(work / f"{architecture}.part")
+    (work / f"{architecture}.part").rename(folder)
+    return folder
+
+
+def model_of(folder: Path, stack: str, checkpointing, length: int):
+    import torch
+
+    if stack in ("unsloth", "ours"):
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder), max_seq_length=length, load_in_4bit=True, dtype=torch.bfloat16
+        )
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=16,
+            lora_alpha=16,
+            target_modules=TARGETS,
+            use_gradient_checkpointing=checkpointing,
+            random_state=3407,
+        ).train()
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device})
+    model.config.use_cache = False
+    return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)).train()
+
+
+def measure(case: str, variant: str, folder: Path, steps: int) -> dict:
+    """One row, in this process."""
+    stack, checkpointing, scope = VARIANTS[variant]
+    if stack in ("ours", "transformers and ours"):
+        import unsloth_ext  # noqa: F401  before unsloth
+    import torch
+
+    cuda = torch.cuda.is_available()
+    model = model_of(folder, stack, checkpointing, CASES[case][3])
+    vocabulary = model.get_base_model().config.vocab_size
+    run, compiled = model, None
+    if stack == "transformers and ours":
+        from unsloth_ext.compiling import use_packed_attention
+
+        use_packed_attention(model)
+    if scope == "torch.compile":
+        run = torch.compile(model, dynamic=True, backend="inductor" if cuda else "aot_eager")
+    elif scope is not None:
+        from unsloth_ext.compiling import compile_model
+
+        compiled = compile_model(model, scope, **({} if cuda else {"backend": "aot_eager"}))
+
+    def step(seed):
+        batch, tokens = batch_of(case, seed, vocabulary, "cuda" if cuda else "cpu", stack)
+        model.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = run(**batch).loss
+        loss.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3, tokens, loss.item()
+
+    first, _, loss = step(0)
+    for seed in range(1, 4):  # a second kind of batch, the allocator, the clocks
+        step(seed)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times, tokens = zip(*(step(seed)[:2] for seed in range(4, 4 + steps)), strict=True)
+    row = {"case": case, "variant": variant, "unit": "ms", "step": record.percentiles(times, 2)}
+    row["tokens/s"] = record.percentiles([n / t * 1e3 for n, t in zip(tokens, times, strict=True)], 1)
+    row["first step s"], row["loss"] = round(first / 1e3, 2), round(loss, 5)
+    row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
+    counters = torch._dynamo.utils.counters
+    row["graphs"], row["breaks"] = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    if compiled is not None:
+        report = compiled.report()
+        row |= {"graphs": report.graphs, "breaks": report.breaks, "compile s": round(report.compile_seconds, 1)}
+    return row
+
+
+def claims_of(rows: list[dict]) -> list[dict]:
+    """What the rows say about the figures we stand for; a claim whose rows are missing is left out."""
+    found = {(row["case"], row["variant"]): row for row in rows if "error" not in row}
+    claims = []
+
+    def add(id, unit, target, baseline, value):
+        try:
+            claims.append(record.claim(id, value(), unit, target, baseline))
+        except KeyError:
+            print(f"{id}: not measured", flush=True)
+
+    release = rows[0].get("unsloth", "") if rows else ""
+    block, step, theirs = (
+        "ours, checkpointing False, block",
+        "ours, checkpointing False, step",
+        "Unsloth, checkpointing False",
+    )
+    add(
+        "compile.1b.ms",
+        "ms",
+        "<= 55",
+        f"Unsloth {release}, the same flag",
+        lambda: min(found["1b dense", name]["step"]["p50"] for name in (block, step)),
+    )
+    add(
+        "compile.packed_8b.vs_unsloth",
+        "x",
+        ">= 1.3",
+        f"Unsloth {release}, the same batches and flag",
+        lambda: round(found["8b packed", block]["tokens/s"]["p50"] / found["8b packed", theirs]["tokens/s"]["p50"], 4),
+    )
+    add(
+        "compile.step_8b.first_step_s",
+        "s",
+        "<= 90",
+        f"Unsloth {release}: {found.get(('8b dense', theirs), {}).get('first step s')} s",
+        lambda: found["8b dense", step]["first step s"],
+    )
+    ours = [row for row in found.values() if row["variant"].startswith("ours") and "compile s" in row]
+    if ours:
+        add("compile.breaks", "breaks", "<= 0", "none: a count", lambda: sum(row["breaks"] for row in ours))
+    return claims
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokenizer", type=Path, help="a folder with the Llama 3 tokenizer (128256 tokens)")
+    parser.add_argument("--work", type=Path, help="where checkpoints and rows are kept (a temporary folder)")
+    parser.add_argument(
+        "--only", default="", help="a regular expression: the cases and variants ('8b packed|ours') to run"
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=420, help="seconds after which a variant is given up")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny shape, plain transformers, any machine; nothing recorded"
+    )
+    parser.add_argument("--measure", nargs=3, metavar=("CASE", "VARIANT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        case, variant, folder = args.measure
+        print(json.dumps(measure(case, variant, Path(folder), args.steps)))
+        return 0
+    import torch
+
+    if not args.quick and (not torch.cuda.is_available() or args.tokenizer is None):
+        print("bench_step: needs a CUDA card and --tokenizer (or --quick), left out")
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        return run_all(args, args.work or Path(temporary))
+
+
+def run_all(args, work: Path) -> int:
+    work.mkdir(parents=True, exist_ok=True)
+    kept = work / ("quick.jsonl" if args.quick else "step.jsonl")
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(row["case"], row["variant"]) for row in rows if "error" not in row}
+    for case, (architecture, *_) in CASES.items():
+        for variant, (stack, _, _) in VARIANTS.items():
+            if args.quick != (architecture == "quick") or (args.quick and not stack.startswith("transformers")):
+                continue
+            if (case, variant) in done or not re.search(args.only, f"{case}: {variant}"):
+                continue
+            folder = checkpoint(architecture, work, args.tokenizer)
+            row = in_its_own_process(case, variant, folder, args)
+            rows.append(row)
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+    failed = [row for row in rows if "error" in row and (row["case"], row["variant"]) not in done]
+    if not args.quick and rows:
+        record.write("step", [row for row in rows if "error" not in row], claims_of(rows))
+    return 1 if failed else 0
+
+
+def in_its_own_process(case: str, variant: str, folder: Path, args) -> dict:
+    environment = dict(os.environ)
+    if VARIANTS[variant][0] in ("unsloth", "transformers"):
+        environment["UNSLOTH_EXT_DISABLE"] = "all"
+    environment["UNSLOTH_EXT_PACKED"] = "1"
+    steps = min(args.steps, 4) if args.quick else args.steps
+    command = [sys.executable, __file__, "--steps", str(steps), "--measure", case, variant, str(folder)]
+    try:
+        process = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=args.limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"case": case, "variant": variant, "error": f"not done in {args.limit} s"}
+    if process.returncode:
+        return {"case": case, "variant": variant, "error": process.stderr[-1500:]}
+    from importlib.metadata import version
+
+    return json.loads(process.stdout.splitlines()[-1]) | {"unsloth": version("unsloth")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Traces Unsloth's training step, forward and loss, on a card that is not there, and counts graphs and breaks.
+
+    python tests/compiling/compile_gate.py [--batches 64] [--packings 64] [--checkpointing unsloth] [--scope step]
+
+64 random (batch, length) and 64 random packings of a row go through one `compile_model` each way. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import time
+
+import compile_fake_card as card
+import torch
+
+from unsloth_ext.compiling.compiled_model import compile_model
+
+
+def report_of(model, scope, batches):
+    torch._dynamo.reset()
+    compiled = compile_model(model, scope=scope, backend="eager")  # traced in full; nothing is generated for the card
+    start = time.perf_counter()
+    for batch in batches:
+        with card.tensors():
+            arguments = batch()
+        with card.MODE:
+            out = model(**arguments)
+        assert out.loss.device.type == "cuda" and out.loss.shape == ()
+    report = compiled.report()
+    compiled.restore()
+    print(report, f"\n  {len(batches)} batches in {time.perf_counter() - start:.1f} s", flush=True)
+    return {
+        "graphs": report.graphs,
+        "breaks": report.breaks,
+        "calls": report.compiled_calls,
+        "plain": report.plain_calls,
+    }
+
+
+def padded():
+    batch, length = random.choice((1, 2, 3, 4, 8)), random.randint(2, card.MAX_LENGTH)
+
+    def make():
+        ids = card.ids(batch, length)
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    return make
+
+
+def packed():
+    """What Unsloth's collator gives for a packed row, with the boundaries found as `packed_arguments` finds them on the host."""
+    lengths = [random.randint(1, 400) for _ in range(random.randint(2, 12))]
+    total = sum(lengths)
+
+    def make():
+        ids = card.ids(1, total)
+        boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch._dynamo.maybe_mark_dynamic(boundaries, 0)
+        boundaries._unsloth_ext_covers = (total, ids.device)
+        longest = max(128, (max(lengths) + 127) // 128 * 128)
+        return {
+            "input_ids": ids,
+            "labels": ids,
+            "position_ids": card.ids(1, total),
+            "packed_seq_lengths": torch.zeros(len(lengths), dtype=torch.int32),
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    return make
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batches", type=int, default=64)
+    parser.add_argument("--packings", type=int, default=64)
+    parser.add_argument("--checkpointing", choices=("unsloth", "True", "False"), default="False")
+    parser.add_argument("--scope", choices=("step", "block"), default="step")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--family", choices=card.FAMILIES, default="llama")
+    options = parser.parse_args()
+    checkpointing = {"True": True, "False": False}.get(options.checkpointing, options.checkpointing)
+    model = card.model(options.family, options.layers, checkpointing)
+    found = {}
+    if options.batches:
+        found["batches"] = report_of(model, options.scope, [padded() for _ in range(options.batches)])
+    if options.packings:
+        found["packings"] = report_of(model, options.scope, [packed() for _ in range(options.packings)])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

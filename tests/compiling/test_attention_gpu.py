@@ -1,0 +1,114 @@
+"""On a card: every backend against the dense mask in fp64, eager and compiled, and that packings make no graphs."""
+
+import random
+
+import pytest
+import torch
+from packings import boundaries, exact, random_lengths, random_row, result_and_gradients, worst
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from unsloth_ext.compiling import attention
+from unsloth_ext.compiling.attention import packed_attention, refusal
+from unsloth_ext.compiling.attention_flex import block_masks
+
+pytestmark = pytest.mark.gpu
+
+# Kernels round the probabilities to the inputs' dtype: against fp64, of the same inputs, relative to the largest value.
+BOUNDS = {torch.bfloat16: 4e-2, torch.float16: 8e-3, torch.float32: 8e-3}  # fp32: flex multiplies in TF32 where allowed
+CALLS = [
+    (backend, dtype, width, window, softcap)
+    for backend, dtypes, widths in (
+        ("flash", (torch.bfloat16, torch.float16), (64, 128)),
+        ("efficient", (torch.bfloat16, torch.float32), (64, 128)),
+        ("flex", (torch.bfloat16, torch.float32), (64, 128)),
+        ("exact", (torch.bfloat16,), (64,)),
+    )
+    for dtype in dtypes
+    for width in widths
+    for window in (None, 100)
+    for softcap in ((None, 2.0) if backend in ("flex", "exact") else (None,))
+]
+
+
+def row_on_card(lengths, dtype, width, heads=8, kv_heads=2):
+    return random_row(lengths, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("backend, dtype, width, window, softcap", CALLS)
+def test_values_and_gradients(backend, dtype, width, window, softcap):
+    lengths = [*random_lengths(random.randint(1, 5), 400), 1, 129]
+    row = row_on_card(lengths, dtype, width)
+    if reason := refusal(backend, row[0], softcap):
+        pytest.skip(reason)
+    cu_seqlens = boundaries(lengths, "cuda")
+    options = {"window": window, "softcap": softcap}
+    bound = -(-max(lengths) // 128) * 128
+    found = result_and_gradients(packed_attention, *row, cu_seqlens, bound, backend=backend, **options)
+    assert worst(found, exact(*row, cu_seqlens, **options)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("backend", ["flash", "efficient", "flex"])
+def test_one_graph_for_64_packings(backend):
+    counter = CompileCounterWithBackend("inductor")
+    softcap = 2.0 if backend == "flex" else None
+
+    class Layer(torch.nn.Module):
+        scaling, window, cap = 0.125, 100, softcap
+
+        def forward(self, query, key, value, cu_seqlens, longest, masks):
+            return packed_attention(
+                query, key, value, cu_seqlens, longest,
+                scale=self.scaling, window=self.window, softcap=self.cap, backend=backend, masks=masks,
+            )  # fmt: skip
+
+    compiled, first = torch.compile(Layer(), backend=counter, fullgraph=True, dynamic=True), 0
+    for _ in range(64):
+        lengths = [130, *random_lengths(random.randint(1, 8), 300)]
+        row = row_on_card(lengths, torch.bfloat16, 64)
+        if reason := refusal(backend, row[0], softcap):
+            pytest.skip(reason)
+        cu_seqlens = boundaries(lengths, "cuda")
+        masks = block_masks(cu_seqlens, sum(lengths), (100,)) if backend == "flex" else None
+        found = result_and_gradients(compiled, *row, cu_seqlens, 384, masks)
+        first = first or counter.frame_count
+    assert counter.frame_count == first <= 2
+    wanted = exact(*row, cu_seqlens, scale=0.125, window=100, softcap=softcap)
+    assert worst(found, wanted) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", ["flash", "efficient"])
+def test_empty_documents(backend):
+    """What a graph appends where no token is left over."""
+    lengths = [0, 70, 0, 300, 0]
+    row = row_on_card(lengths, torch.float16, 64)
+    if reason := refusal(backend, row[0]):
+        pytest.skip(reason)
+    found = result_and_gradients(packed_attention, *row, boundaries(lengths, "cuda"), 384, backend=backend)
+    assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.float16]
+
+
+def test_a_row_too_long_for_one_flash_call(monkeypatch):
+    """Past an int32 index the heads go in groups, and nothing else changes."""
+    lengths = random_lengths(4, 300)
+    row = row_on_card(lengths, torch.bfloat16, 64)
+    if reason := refusal("flash", row[0]):
+        pytest.skip(reason)
+    cu_seqlens = boundaries(lengths, "cuda")
+    whole = result_and_gradients(packed_attention, *row, cu_seqlens, 384, backend="flash")
+    monkeypatch.setattr(attention, "_INT32", 1)
+    parts = result_and_gradients(packed_attention, *row, cu_seqlens, 384, backend="flash")
+    assert worst(parts, [t.double() for t in whole]) < BOUNDS[torch.bfloat16]
+    single = row_on_card(lengths, torch.bfloat16, 64, heads=4, kv_heads=1)
+    with pytest.raises(ValueError, match="too long for the flash backward.*pack shorter rows"):
+        packed_attention(*single[:3], cu_seqlens, 384, backend="flash")
+
+
+def test_rows_with_strides():
+    """As a model hands them over: views of [1, H, T, D]."""
+    lengths = random_lengths(4, 300)
+    row = row_on_card(lengths, torch.bfloat16, 64)
+    cu_seqlens = boundaries(lengths, "cuda")
+    wanted = packed_attention(*row[:3], cu_seqlens, 384)
+    strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in row[:3]]
+    assert not strided[0].is_contiguous()
+    assert torch.equal(packed_attention(*strided, cu_seqlens, 384), wanted)

@@ -1,0 +1,161 @@
+"""Packed attention on a CPU against the dense mask in fp64, as an operator, in a graph, and with input it cannot take."""
+
+import random
+
+import pytest
+import torch
+from packings import boundaries, exact, random_lengths, random_row, result_and_gradients, worst
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unsloth_ext.compiling import attention_exact
+from unsloth_ext.compiling.attention import BACKENDS, choose, packed_attention, refusal
+
+# eps of the dtype times what a sum of some hundred products loses; the largest seen in 2000 draws is under a tenth of it
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 17], ids=lambda w: f"window{w}")
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=lambda c: f"softcap{c}")
+def test_values_and_gradients(dtype, window, softcap):
+    lengths = random_lengths()
+    heads, kv_heads = random.choice([(4, 4), (4, 2), (6, 1)])
+    row = random_row(lengths, heads=heads, kv_heads=kv_heads, dtype=dtype)
+    options = {"window": window, "softcap": softcap, "scale": random.choice([None, 0.3])}
+    found = result_and_gradients(packed_attention, *row, boundaries(lengths), max(lengths), **options)
+    assert found[0].dtype == dtype
+    assert worst(found, exact(*row, boundaries(lengths), **options)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_document_longer_than_one_piece(window):
+    """The operator takes 512 queries at a time: sums over pieces, and keys of an earlier piece."""
+    lengths = [3, 1150, 40]
+    row = random_row(lengths, heads=2, kv_heads=1, width=8)
+    found = result_and_gradients(packed_attention, *row, boundaries(lengths), 1150, window=window)
+    assert worst(found, exact(*row, boundaries(lengths), window=window)) < 1e-11
+
+
+def test_empty_documents_and_tokens_after_the_last_boundary():
+    lengths = [5, 0, 7, 0]
+    query, key, value, upstream = random_row([5, 7, 4])
+    found = result_and_gradients(packed_attention, query, key, value, upstream, boundaries(lengths), 7)
+    inside = [t[:12].detach().requires_grad_() for t in (query, key, value)]
+    wanted = exact(*inside, upstream[:12], boundaries([5, 7]))
+    assert worst([t[:12] for t in found], wanted) < 1e-11
+    assert all(not t[12:].any() for t in found)
+
+
+def test_no_token_reads_another_document():
+    """Changing a document changes nothing outside it, bit for bit."""
+    lengths = random_lengths(4)
+    query, key, value, _ = random_row(lengths, dtype=torch.float32, grad=False)
+    cu_seqlens = boundaries(lengths)
+    before = packed_attention(query, key, value, cu_seqlens, max(lengths))
+    start, end = cu_seqlens[1], cu_seqlens[2]
+    for tensor in (query, key, value):
+        tensor[start:end] = torch.randn_like(tensor[start:end])
+    after = packed_attention(query, key, value, cu_seqlens, max(lengths))
+    assert torch.equal(before[:start], after[:start])
+    assert torch.equal(before[end:], after[end:])
+    assert not torch.equal(before[start:end], after[start:end])
+
+
+@pytest.mark.parametrize("window, softcap", [(None, None), (5, 2.0)])
+def test_opcheck(window, softcap):
+    query, key, value, upstream = random_row([6, 9, 2], dtype=torch.float32)
+    arguments = (query, key, value, boundaries([6, 9, 2]), 0.25, window, softcap)
+    torch.library.opcheck(attention_exact.packed_attention, arguments)
+    out, logsumexp = attention_exact.packed_attention(*arguments)
+    saved = [t.detach() for t in (upstream, query, key, value, out, logsumexp)]
+    torch.library.opcheck(attention_exact.packed_attention_backward, (*saved, *arguments[3:]))
+
+
+@torch.fx.experimental._config.patch(
+    use_duck_shape=False
+)  # as compile_model: sizes that happen to be equal are not one
+def test_one_graph_for_64_packings():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v, cu, longest: packed_attention(q, k, v, cu, longest, window=9, softcap=3.0),
+        backend=counter,
+        fullgraph=True,
+        dynamic=True,
+    )
+    for i in range(64):
+        lengths = [2, *random_lengths(random.randint(1, 9), 20)]
+        row = random_row(lengths)
+        found = result_and_gradients(compiled, *row, boundaries(lengths), max(lengths))
+        if i == 0:
+            after_first = counter.frame_count  # dynamo starts a graph again where a float turns out to be a symbol
+    assert worst(found, exact(*row, boundaries(lengths), window=9, softcap=3.0)) < 1e-11
+    assert counter.frame_count == after_first <= 2
+
+
+@pytest.mark.parametrize("backend, dtype", [("flash", torch.bfloat16), ("efficient", torch.float32)])
+def test_one_graph_of_the_card_s_kernels(backend, dtype):
+    """Traced with tensors that pretend to be on a card: grouped heads, a window, any packing, one native operator."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def attention(query, key, value, cu_seqlens, longest):
+        return packed_attention(query, key, value, cu_seqlens, longest, window=64, backend=backend)
+
+    compiled = torch.compile(attention, backend=keep, fullgraph=True, dynamic=True)
+    with FakeTensorMode():
+        for total, documents, longest in ((300, 4, 128), (700, 9, 256), (90, 1, 128)):
+            row = [torch.empty(total, heads, 64, dtype=dtype, device="cuda") for heads in (8, 2, 2)]
+            out = compiled(*row, torch.empty(documents + 1, dtype=torch.int32, device="cuda"), longest)
+            assert out.shape == (total, 8, 64)
+            assert out.device.type == "cuda"
+    assert len(graphs) == 1
+    names = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum(f"_{backend}_attention_forward" in name for name in names) == 1
+
+
+def test_the_choice():
+    assert choose(torch.empty(4, 2, 16)) == "exact"
+    with FakeTensorMode():
+        for dtype, width, softcap, wanted in (
+            (torch.bfloat16, 128, None, "flash"),
+            (torch.bfloat16, 128, 50.0, "flex"),
+            (torch.float32, 64, None, "efficient"),
+            (torch.bfloat16, 512, None, "efficient"),
+            (torch.bfloat16, 100, None, "flex"),
+        ):
+            query = torch.empty(4, 2, width, dtype=dtype, device="cuda")
+            assert choose(query, softcap) == wanted, (dtype, width, softcap)
+        with pytest.raises(ValueError, match=r"float64.*backend='exact'"):
+            choose(torch.empty(4, 2, 64, dtype=torch.float64, device="cuda"))
+
+
+def test_refusals():
+    query, key, value, _ = random_row([5, 3], dtype=torch.float32)
+    cu_seqlens = boundaries([5, 3])
+    for backend in ("flash", "efficient"):
+        assert "cpu" in refusal(backend, query)
+        with pytest.raises(ValueError, match=f"backend='{backend}'.*on cpu"):
+            packed_attention(query, key, value, cu_seqlens, 5, backend=backend)
+    with pytest.raises(ValueError, match=f"'xformers'.*{', '.join(BACKENDS)}"):
+        packed_attention(query, key, value, cu_seqlens, 5, backend="xformers")
+    for bad, message in (
+        ((query[None], key, value, cu_seqlens), r"\[T, H, D\]"),
+        ((query, key[:5], value[:5], cu_seqlens), "the same T"),
+        ((query[:, :3], key, value, cu_seqlens), "multiple of H_kv"),
+        ((query, key.double(), value, cu_seqlens), "one dtype"),
+        ((query, key, value, cu_seqlens.long()), "int32"),
+        ((query, key, value, cu_seqlens[None]), "int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed_attention(*bad, 5)
+    with pytest.raises(ValueError, match="window must be at least 1.*got 0"):
+        packed_attention(query, key, value, cu_seqlens, 5, window=0)
+    with pytest.raises(ValueError, match="softcap must be positive.*got -1"):
+        packed_attention(query, key, value, cu_seqlens, 5, softcap=-1.0)
+    for wrong in ([1, 4, 8], [0, 6, 4], [0, 9]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to at most the 8 tokens"):
+            packed_attention(query, key, value, torch.tensor(wrong, dtype=torch.int32), 5)

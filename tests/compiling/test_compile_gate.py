@@ -1,0 +1,47 @@
+"""The gate: Unsloth's Llama training step, forward and loss, in one graph, counted over random batches and packings."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+NEEDED = ("unsloth", "peft", "bitsandbytes", "triton")
+pytestmark = [
+    pytest.mark.skipif(
+        any(find_spec(name) is None for name in NEEDED), reason=f"{', '.join(NEEDED)} are needed: make setup"
+    ),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a card is there: test_compile_gpu.py runs on it"),
+]
+
+
+def gate(tmp_path, *options):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("UNSLOTH")}
+    env |= {"UNSLOTH_EXT_STRICT": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    env |= {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth_compiled_cache")}
+    env["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")))
+    command = [sys.executable, str(Path(__file__).with_name("compile_gate.py")), *options]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_the_step_is_one_graph_for_batches_and_one_for_packings(tmp_path):
+    found, output = gate(tmp_path)
+    batches, packings = found["batches"], found["packings"]
+    assert batches["calls"] == packings["calls"] == 64 and batches["plain"] == packings["plain"] == {}
+    assert batches["breaks"] == packings["breaks"] == 0, output
+    assert batches["graphs"] <= 2, output  # a batch of one row is a graph of its own
+    assert packings["graphs"] <= 4, output
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("checkpointing", ["True", "unsloth"])
+def test_checkpointed(tmp_path, checkpointing):
+    found, output = gate(tmp_path, "--checkpointing", checkpointing, "--batches", "4", "--packings", "2")
+    assert found["batches"]["breaks"] == found["packings"]["breaks"] == 0, output
+    assert found["batches"]["graphs"] <= 2 and found["packings"]["graphs"] <= 2, output

@@ -1,0 +1,205 @@
+"""Attention over packed documents, in a graph that does not depend on how they were packed: `packed_attention`.
+
+A packed row is described by two things, both computed once a batch and outside the layers (`packed.py`): the boundaries
+`cu_seqlens` and a bound of the longest document. Both are graph inputs, so 64 packings are one graph. Four backends:
+
+- "flash": aten's variable-length flash kernel, called as the native operator that it is. It takes grouped key and value heads
+  on every torch served (torch 2.11's `varlen_attn` refuses them above it), has a C++ backward, and costs none of the 37
+  microseconds that a Python operator costs. fp16 and bf16, head sizes to 256, Ampere or newer; no softcap.
+  `torch.nn.attention.activate_flash_attention_impl` swaps FlashAttention 3 or 4 in under it.
+- "efficient": aten's memory-efficient kernel over the same boundaries: older cards (a T4), fp32, head sizes to 512. It knows
+  no groups: key and value heads are repeated.
+- "flex": torch's flex attention with block masks made from the boundaries (`attention_flex.py`). Softcap, any dtype.
+- "exact": a document at a time in fp32 (`attention_exact.py`). What a CPU runs; the others are tested against it.
+
+"auto" takes the first of PREFERRED that can do the call. It never falls to "exact" on a card by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BACKENDS = ("flash", "efficient", "flex", "exact")
+
+# What "auto" tries, in this order: compute capability -> backends. The order of None is for cards not measured.
+PREFERRED: dict[tuple[int, int] | None, tuple[str, ...]] = {None: ("flash", "efficient", "flex")}
+
+# Flash attention 2's variable-length backward indexes its fp32 buffer of (T + 128 n) * H * D elements with an int32.
+_INT32 = 2**31
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    masks: dict | None = None,
+) -> torch.Tensor:
+    """Causal attention inside each document of a packed row. Traceable; gradients for query, key and value.
+
+    query: [T, H, D]; key, value: [T, H_kv, D], H a multiple of H_kv. -> [T, H, D] in query's dtype.
+    cu_seqlens: [n + 1] int32 on query's device, from 0 to T, never falling (FlashAttention's convention); a document may be empty.
+    max_seqlen: the length of the longest document or any number above it.
+    scale: of the scores; 1 / sqrt(D) where None. softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+    window: a token reads itself and the window - 1 before it.
+    masks: `attention_flex.block_masks(...)` of this batch, used by "flex"; made on the spot where None.
+    Raises ValueError for shapes that do not belong together or a backend that cannot do the call.
+    """
+    _check(query, key, value, cu_seqlens, window, softcap)
+    if backend == "auto":
+        backend = choose(query, softcap)
+    elif reason := refusal(backend, query, softcap):
+        raise ValueError(f"backend={backend!r} cannot do this call: {reason}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "flash":
+        return _flash(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    if backend == "efficient":
+        return _efficient(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    if backend == "flex":
+        from .attention_flex import block_masks, flex_packed_attention
+
+        mask = (masks or {}).get(window)
+        if mask is None:
+            mask = block_masks(cu_seqlens, query.shape[0], (window,))[window]
+        return flex_packed_attention(query, key, value, mask, scale=scale, window=window, softcap=softcap)
+    from .attention_exact import packed_attention as exact
+
+    return exact(query, key, value, cu_seqlens, scale, window, softcap)[0]
+
+
+def choose(query: torch.Tensor, softcap: float | None = None) -> str:
+    """The backend that "auto" means for this query."""
+    if query.device.type == "cpu":
+        return "exact"
+    order = PREFERRED.get(_capability(query.device.index), PREFERRED[None])
+    reasons = {}
+    for backend in order:
+        reason = refusal(backend, query, softcap)
+        if not reason:
+            return backend
+        reasons[backend] = reason
+    raise ValueError(
+        "no backend can do this call: "
+        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        + ". backend='exact' can, slowly"
+    )
+
+
+def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> str:
+    """Why `backend` cannot take this query; "" where it can."""
+    width, half = query.shape[-1], query.dtype in (torch.float16, torch.bfloat16)
+    if backend == "exact":
+        return ""
+    if backend == "flex":
+        return "" if query.dtype != torch.float64 else "no fp64"
+    if backend not in BACKENDS:
+        return f"there are {', '.join(BACKENDS)} and auto"
+    if query.device.type != "cuda":
+        return f"it needs a CUDA card, query is on {query.device.type}"
+    if softcap is not None:
+        return "it has no softcap; flex has"
+    if width % 8:
+        return f"the head size must be a multiple of 8, it is {width}"
+    if backend == "efficient":
+        if not half and query.dtype != torch.float32:
+            return f"fp16, bf16 or fp32, not {query.dtype}"
+        return "" if width <= 512 else f"head sizes to 512, this is {width}"
+    if not half:
+        return f"fp16 or bf16, not {query.dtype}"
+    if width > 256:
+        return f"head sizes to 256, this is {width}"
+    capability = _capability(query.device.index)
+    return "" if capability is None or capability >= (8, 0) else f"Ampere or newer, this card is {capability}"
+
+
+@torch.compiler.assume_constant_result
+def _capability(index):
+    """None where there is no card: tensors that only pretend to be on one are traced as on a new one."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):
+    total, heads, width = query.shape
+    kv_heads = key.shape[1]
+    held = (total + 128 * cu_seqlens.shape[0]) * heads * ((width + 31) // 32 * 32)
+    if held < _INT32:
+        return _flash_call(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    if kv_heads == 1:
+        raise ValueError(
+            f"a row of {total} tokens in {cu_seqlens.shape[0] - 1} documents is too long for the flash backward "
+            "(an int32 index): pack shorter rows, or use backend='flex'"
+        )
+    # Heads do not meet in attention: one call a group of them.
+    parts = zip(*(t.chunk(kv_heads, 1) for t in (query, key, value)), strict=True)
+    return torch.cat([_flash_call(*part, cu_seqlens, max_seqlen, scale, window) for part in parts], 1)
+
+
+def _flash_call(query, key, value, cu_seqlens, max_seqlen, scale, window):
+    return torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        False,  # causal by the window: nothing to the right, everything or window - 1 to the left
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+
+
+def _efficient(query, key, value, cu_seqlens, max_seqlen, scale, window):
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return torch.ops.aten._efficient_attention_forward(
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        None,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        0.0,
+        1,  # causal, from each document's top left corner
+        needs_grad,
+        scale=scale,
+        window_size=window,
+    )[0].squeeze(0)
+
+
+def _check(query, key, value, cu_seqlens, window, softcap):
+    if query.dim() != 3 or key.dim() != 3 or value.shape != key.shape:
+        raise ValueError(
+            "query must be [T, H, D] and key and value [T, H_kv, D], got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if query.shape[0] != key.shape[0] or query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must have the same T and D, and H a multiple of H_kv"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}: cast them before"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != query.device:
+        raise ValueError(
+            f"cu_seqlens must be [n + 1] int32 on {query.device}, got {list(cu_seqlens.shape)} {cu_seqlens.dtype} on "
+            f"{cu_seqlens.device}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (or None for none), got {window}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive (or None for none), got {softcap}")

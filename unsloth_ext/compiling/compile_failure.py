@@ -1,0 +1,85 @@
+"""What could not be traced, by the path of the module it is in.
+
+Dynamo names the line that it could not trace, not the module: a hook's line reads the same in each of 32 layers. While its
+exception still carries Dynamo's own frames, each of them holds the local variables of the function being traced, and a
+method's `self` or a hook's first argument is the module.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UnslothExtError
+
+
+class CompileError(UnslothExtError):
+    """A model or a layer could not be compiled. `module` is the path of the module at fault ("" for the model itself) or None
+    where it is not known; the compiler's own exception is the cause (`__cause__`)."""
+
+    def __init__(self, message: str, hint: str | None = None, module: str | None = None):
+        super().__init__(message, hint)
+        self.module = module
+
+
+def compiler_errors() -> tuple[type[BaseException], ...]:
+    """The exceptions that mean that tracing or compiling failed, and not the model itself."""
+    exc = torch._dynamo.exc
+    found = [exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", None)]
+    return tuple(kind for kind in found if kind is not None)
+
+
+def explain(error: BaseException, root: torch.nn.Module, limit: int) -> CompileError:
+    """The `CompileError` for what a compiler raised while it traced `root` or something inside it."""
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return CompileError(
+            f"{type(root).__name__} was compiled for {limit} kinds of batches and met another one",
+            "CompiledModel.report() says what made each new graph necessary; pad batches or keep their kinds apart.",
+        )
+    path, place = _place(error, root)
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines()]
+    explanation = " ".join(
+        line
+        for line in lines
+        if line.startswith(("Explanation:", "Developer debug context:")) and not line.endswith("context:")
+    )
+    where = f"{path or type(root).__name__}" if path is not None else type(root).__name__
+    return CompileError(
+        f"{where} cannot be traced: {first.strip()}{'. ' + explanation if explanation else ''}{place}",
+        "Take the hook or adapter out before compile_model, or leave its layers out with scope='block'. Nothing was run "
+        "uncompiled; CompiledModel.restore() gives the model back as it was.",
+        module=path,
+    )
+
+
+def _place(error, root):
+    """(path of the innermost module whose code was being traced, " (function, file:line)")."""
+    names = {id(module): name for name, module in root.named_modules()}
+    path, place = None, ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        translator = traceback.tb_frame.f_locals.get("self")
+        traced = getattr(translator, "symbolic_locals", None)
+        if isinstance(traced, dict):
+            for variable in traced.values():
+                module = _module(variable)
+                if id(module) in names:
+                    path = names[id(module)]
+                    break
+        traceback = traceback.tb_next
+    stack = getattr(error, "real_stack", None)
+    if stack:
+        frame = list(stack)[-1]
+        place = f" ({frame.name}, {frame.filename}:{frame.lineno})"
+    return path, place
+
+
+def _module(variable):
+    for get in (lambda: variable.peek_value(), lambda: variable.value):  # a variable not looked at yet, or one that was
+        try:
+            value = get()
+        except Exception:
+            continue
+        if isinstance(value, torch.nn.Module):
+            return value
+    return None

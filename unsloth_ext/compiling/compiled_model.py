@@ -1,0 +1,313 @@
+"""A causal language model's training step through torch.compile, whole or layer by layer, with nothing left to chance.
+
+    compiled = compile_model(model)                 # one region a decoder class: compiles in seconds
+    compiled = compile_model(model, scope="step")   # forward and loss in one graph: compiles longer
+    ... train as before, with `model` ...
+    print(compiled.report())
+    compiled.restore()
+
+`model` stays the object that trainers know: only its forward, or its layers' forwards, are replaced. Compiled is what trains:
+in evaluation mode and with a cache the model's own forward runs, so that logits and generation are what they were.
+
+A graph break is an error and so is a failed compile, whatever the process has set: Dynamo's settings are ours for the length
+of our calls and restored after. Each model gets a code object of its own to compile, so that no other model's graphs count
+towards its limit.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import Refused, UsageError
+from .compile_failure import compiler_errors, explain
+from .compile_report import CompileReport, Ledger
+from .input_gradients import trace_input_gradients
+from .packed import packed_arguments
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+SCOPES = ("block", "step")
+LEAST_TORCH = (2, 11)  # before it Inductor miscompiles the backward of Unsloth's LoRA functions when it is traced
+LIMIT = 16  # graphs of one region before a new kind of batch is an error
+
+# Inductor's defaults, named because Unsloth changes some for the whole process.
+OPTIONS = {"epilogue_fusion": True, "shape_padding": True, "triton.cudagraphs": False}
+
+
+class CompiledModel:
+    """What `compile_model` gives back: a report, and the way out. The model itself is used as before."""
+
+    def __init__(self, model: torch.nn.Module, scope: str, ledger: Ledger):
+        self.model = model
+        self.scope = scope
+        self._ledger = ledger
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
+        self._undo: Callable[[], None] | None = None
+
+    def report(self) -> CompileReport:
+        """Graphs, breaks, recompiles with their reasons, seconds to compile, calls compiled and not."""
+        return self._ledger.report(self.scope)
+
+    def restore(self) -> None:
+        """Give the model its own forwards back. The graphs are freed with the last reference to this object."""
+        while self._replaced:
+            module, old = self._replaced.pop()
+            if old is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = old
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self.model.__dict__.pop("_unsloth_ext_compiled", None)
+
+    def _replace(self, module: torch.nn.Module, forward: Callable) -> None:
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+
+def compile_model(
+    model: torch.nn.Module,
+    scope: str = "block",
+    *,
+    dynamic: bool | None = True,
+    fullgraph: bool = True,
+    backend: str | Callable = "inductor",
+    options: dict[str, Any] | None = None,
+) -> CompiledModel:
+    """Compile a model's training step in place.
+
+    model: a causal language model of one of FAMILIES, as transformers, peft or Unsloth's FastLanguageModel gives it, adapters
+        included. LoRA, 4-bit layers, gradient checkpointing, padded, packed and padding-free batches are all inside.
+    scope: "block" compiles one region a class of decoder layers, which all layers of the class share; embedding, final norm
+        and loss stay as they are. "step" compiles the model's whole forward, with the loss where labels are given.
+    dynamic: True for one graph for all lengths and all batch sizes above 1; False for one a shape; None lets Dynamo decide.
+    fullgraph: False lets graphs break; report() counts the breaks.
+    backend: of torch.compile. options: Inductor's, beside OPTIONS.
+
+    Nothing is compiled yet: that happens in the first calls, with the first batch of each kind. There a `CompileError` names
+    the module that cannot be traced, and the batch is not run uncompiled instead.
+    Raises UsageError for a bad argument; Refused, with nothing changed, for another family, torch before 2.11, a model that is
+    compiled already, and layers whose forward somebody else has replaced.
+    """
+    if scope not in SCOPES:
+        raise UsageError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    if options and backend != "inductor":
+        raise UsageError(f"options are Inductor's, backend is {backend!r}", "Leave options or backend out.")
+    if not torch.torch_version.TorchVersion(torch.__version__) >= LEAST_TORCH:
+        raise Refused(f"compile_model needs torch 2.11 or newer, this is {torch.__version__}")
+    inner, layers = decoder(model)
+    if "_unsloth_ext_compiled" in model.__dict__:
+        raise Refused(
+            "this model is compiled already", "Call restore() of the first compile_model's result before another."
+        )
+    if taken := [
+        name for name, module in model.named_modules() if module in set(layers) and "forward" in module.__dict__
+    ]:
+        raise Refused(
+            f"the forward of {taken[0]} was replaced by {model.get_submodule(taken[0]).forward!r}",
+            "Call compile_model before memory_budget and before whatever else wraps the layers.",
+        )
+    ledger = Ledger()
+    compiled = CompiledModel(model, scope, ledger)
+
+    def region(function, name):
+        chosen = torch._TorchCompileInductorWrapper(None, OPTIONS | (options or {}), dynamic)
+        if backend != "inductor":
+            chosen = torch._dynamo.lookup_backend(backend)
+        return torch.compile(
+            _own_code(function), fullgraph=fullgraph, dynamic=dynamic, backend=ledger.counted(chosen, name)
+        )
+
+    for layer in layers:
+        # Inside Unsloth's own compile of the layers ours would be one with its flags in it.
+        compiled._replace(layer, types.MethodType(_plain_forward(type(layer)), layer))
+    if scope == "step":
+        own = model.forward
+        compiled._undo = trace_input_gradients(model)
+
+        def step(model_forward, kwargs):
+            return model_forward(**kwargs)
+
+        compiled._replace(model, _step(model, inner, own, region(step, type(model).__name__), ledger))
+    else:
+        regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
+        for layer in layers:
+            layer.__dict__["forward"] = _block(model, layer, regions[type(layer)], ledger)
+        compiled._replace(inner.model, _without_cache(inner.model, inner.model.forward))
+    model.__dict__["_unsloth_ext_compiled"] = compiled
+    return compiled
+
+
+def decoder(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.ModuleList]:
+    """(the causal language model inside adapters, its decoder layers). Raises Refused for a model of another family."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = getattr(getattr(inner, "config", None), "model_type", None)
+    layers = getattr(getattr(inner, "model", None), "layers", None)
+    if family not in FAMILIES or not isinstance(layers, torch.nn.ModuleList):
+        raise Refused(
+            f"compile_model knows causal language models of the families {', '.join(FAMILIES)}; "
+            f"this is {type(inner).__name__} of the family {family}",
+            "Nothing was changed. torch.compile(layer.forward) on its layers may still work.",
+        )
+    return inner, layers
+
+
+def _own_code(function: Callable) -> Callable:
+    # Dynamo keeps its graphs at the code object.
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _plain_forward(kind: type) -> Callable:
+    """The class's forward, from under Unsloth's compile of the class (models/_block_compile.py) where it has one."""
+    return getattr(kind.forward, "_unsloth_block_original", kind.forward)
+
+
+class _Thread(threading.local):
+    inside = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def _settings():
+    """Dynamo's settings for what we trace. Nested, nothing is done again: setting them takes a tenth of a millisecond."""
+    if _thread.inside:
+        yield
+        return
+    with (
+        # Else two sizes that are equal by chance, a head's width and the batch's length, are one symbol.
+        torch.fx.experimental._config.patch(use_duck_shape=False),
+        torch._dynamo.config.patch(
+            suppress_errors=False,
+            fail_on_recompile_limit_hit=True,
+            recompile_limit=LIMIT,
+            accumulated_recompile_limit=max(LIMIT, torch._dynamo.config.accumulated_recompile_limit),
+            specialize_float=True,  # else each Python float is a symbol first, and everything is traced a second time
+            verbose=True,  # keeps Dynamo's frames in its exceptions: compile_failure.py reads the module in them
+        ),
+    ):
+        _thread.inside = True
+        try:
+            yield
+        finally:
+            _thread.inside = False
+
+
+def _run(root: torch.nn.Module, ledger: Ledger, function: Callable, *args, **kwargs):
+    graphs = ledger.graphs.total()
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    try:
+        with _settings():
+            result = function(*args, **kwargs)
+    except compiler_errors() as error:
+        raise explain(error, root, LIMIT) from error
+    finally:
+        ledger.breaks += sum(torch._dynamo.utils.counters["graph_break"].values()) - breaks
+        if ledger.graphs.total() != graphs:
+            ledger.collect()
+    ledger.compiled_calls += 1
+    return result
+
+
+def _why_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> str | None:
+    if not module.training:
+        return "evaluation"
+    if kwargs.get("past_key_values") is not None or kwargs.get("past_key_value") is not None:
+        return "cache"
+    return None
+
+
+def _step(model, inner, own, compiled, ledger):
+    names = list(_parameters(own))
+
+    def forward(*args, **kwargs):
+        kwargs.update(zip(names, args, strict=False))  # Dynamo sees one kind of call
+        why = _why_plain(model, kwargs)
+        if why:
+            ledger.plain_calls[why] += 1
+            return own(**kwargs)
+        kwargs["use_cache"] = False  # nobody reads it, and making it would be in the graph
+        kwargs = _before_unsloth(inner.model, packed_arguments(kwargs))
+        return _run(model, ledger, compiled, own, kwargs)
+
+    return forward
+
+
+def _block(model, layer, compiled, ledger):
+    plain = types.MethodType(_plain_forward(type(layer)), layer)
+
+    def forward(*args, **kwargs):
+        why = _why_plain(layer, kwargs)
+        if why:
+            ledger.plain_calls[why] += 1
+            return plain(*args, **kwargs)
+        return _run(model, ledger, compiled, layer, *args, **kwargs)
+
+    return forward
+
+
+def _without_cache(stack, own):
+    def forward(*args, **kwargs):
+        # transformers gives each training batch a cache that nobody reads; with it the layers would not be a training step's.
+        if (
+            stack.training
+            and kwargs.get("use_cache") is None
+            and kwargs.get("past_key_values") is None
+            and len(args) < 4
+        ):
+            kwargs["use_cache"] = False
+        if not stack.training:
+            return own(*args, **kwargs)
+        with _settings():  # once for all layers
+            return own(*args, **kwargs)
+
+    return forward
+
+
+def _parameters(function: Callable):
+    import inspect
+
+    return inspect.signature(function).parameters
+
+
+def _before_unsloth(stack: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What Unsloth's forward of the layers would do inside the graph for each batch anew.
+
+    It builds its rope tables in the first forward, as many rows as that one asks for; with position ids, any row up to the
+    model's limit can be asked for. And it cuts a batch at max_seq_length, after which every size in the graph is a minimum
+    of two numbers, which doubles the time to trace it: a batch that is no longer may skip the cut.
+    """
+    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    rope = getattr(stack, "rotary_emb", None)
+    if tokens is None or not hasattr(rope, "extend_rope_embedding"):
+        return kwargs
+    if (
+        tokens.shape[0] == 1
+        and kwargs.get("position_ids") is not None
+        and kwargs.get("attention_mask") is None
+        and kwargs.get("cu_seq_lens_q") is None
+    ):  # Unsloth would look for documents in the positions, inside the graph: there is one
+        kwargs = packed_arguments(kwargs | {"packed_seq_lengths": [tokens.shape[1]]}) | {"packed_seq_lengths": None}
+    most, limit = stack.config.max_position_embeddings, getattr(stack, "max_seq_length", None) or 0
+    rows = max(tokens.shape[1], limit)
+    if kwargs.get("position_ids") is not None:
+        rows = max(rows, most)
+    rope.extend_rope_embedding(stack.embed_tokens.weight, max(most, rows), materialize_len=rows)
+    if tokens.shape[1] <= limit:
+        kwargs.setdefault("packed_seq_lengths", None)  # the key alone says that the row need not be cut
+    return kwargs

@@ -1,0 +1,288 @@
+"""`memory_budget(model, "12GiB")`: the fastest step that fits, without choosing a checkpointing flag.
+
+Activation checkpointing as a flag is all or nothing: 8B at 2 x 4096 tokens takes 36 GiB without and 8 GiB with it, and a third
+more time. Between the two lies a ladder (`recompute.LEVELS`): norms computed again cost next to nothing, gate and up are more
+than half of what a layer saves for a third of what it costs to compute it again, and what attention needs, saved once, can wait
+in host memory while other layers compute. A layer is probed once (`memory_probe`), the plan chooses a level for each layer
+(`memory_plan`), and the layers obey (`memory_layers`).
+
+The first step of a size of batch runs on the plan with the lowest peak, and the peak of head and loss is measured in it. From the
+second step on the plan is made for what is really there: weights, gradients, optimizer, and the loss's own peak. It is made again
+when the optimizer's states appear, when a larger batch comes, and when a step needed more than was predicted.
+
+If a step runs out of memory nevertheless (another process took the card's memory, the optimizer allocates more than its usual),
+the error is the user's to see: a backward that has run in part cannot be run again. The next step is planned with that much less.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+import torch
+
+from . import memory_amount, memory_layers, memory_probe
+from .memory_plan import Costs, Plan, best, smallest
+from .offload import Offloader
+from .recompute import LEVELS
+
+logger = logging.getLogger(__name__)
+_STEP = 64 * 2**20  # memory that was there before the forward is rounded up to this, so that plans are found again
+
+
+def memory_budget(
+    model: torch.nn.Module,
+    budget: str | float = "auto",
+    *,
+    offload: bool = True,
+    host_memory: str | float | None = None,
+    margin: float | None = None,
+) -> MemoryBudget:
+    """Put the training of `model` under a memory budget; any gradient checkpointing of its own is switched off meanwhile.
+
+    model: a causal language model with or without LoRA, on one device a process: transformers, peft, Unsloth's
+        `FastLanguageModel`, sharded by DDP or FSDP2 or not. Losses and gradients stay what they are without a budget.
+    budget: "auto" (what the card has left), an amount ("12GiB", or 12, in GiB) or a share of the card (0.8, "80%"), for
+        everything that PyTorch allocates on the card, weights and optimizer included.
+    offload: whether saved tensors may wait in pinned host memory.
+    host_memory: how much of it, as an amount or a share of what is free; half of it if None.
+    margin: share of the budget that is kept free; 0.02 of an amount and 0.06 of a card if None.
+
+    Returns the MemoryBudget, whose `plan` is there after the first step and whose `remove()` undoes everything. Evaluation and
+    generation are not touched. Raises TypeError or ValueError for a bad argument and `UnsupportedModel` for a model without
+    decoder layers, before anything is changed; a training forward raises `BudgetTooSmall`, with the least possible budget, if no
+    plan fits.
+
+    Selective activation checkpointing is that of Korthikanti et al. (arXiv 2205.05198); the order of the levels follows the
+    measured cost of each byte that is freed.
+    """
+    return MemoryBudget(model, budget, offload=offload, host_memory=host_memory, margin=margin)
+
+
+def budget_on(model: torch.nn.Module) -> MemoryBudget | None:
+    """The budget that `model` is under, if any."""
+    for module in model.modules():
+        if (state := memory_layers.state_of(module)) is not None:
+            return state.keeper
+    return None
+
+
+class _Pass:
+    """One forward of the whole stack: what it sent to the host, by layer, and what was allocated at its ends."""
+
+    def __init__(self, plan: Plan, tokens: int, sequence: int):
+        self.plan, self.tokens, self.sequence = plan, tokens, sequence
+        self.sent: dict[int, list[weakref.ref]] = {}
+        self.after_layers = self.peak_before = 0
+        self.measuring = False
+
+
+class MemoryBudget:
+    """The plans of one model. Made by `memory_budget`."""
+
+    def __init__(self, model, budget, *, offload=True, host_memory=None, margin=None):
+        self.budget = memory_amount.parse(budget)
+        if margin is not None and not 0 <= margin < 1:
+            raise ValueError(f"margin must be at least 0 and less than 1, got {margin!r}")
+        host = None if host_memory is None else memory_amount.parse(host_memory)
+        _, layers = memory_layers.decoder_layers(model)
+        device = next((p.device for p in layers[0].parameters() if p.device.type != "meta"), torch.device("cpu"))
+        others = {p.device for layer in layers for p in layer.parameters()} - {device}
+        if others:
+            raise memory_layers.UnsupportedModel(
+                f"the decoder layers are on several devices ({device}, {', '.join(map(str, others))}); a budget is for one"
+            )
+        self.model, self.margin, self.given, self.device = weakref.ref(model), margin, budget, device
+        self.meter = memory_amount.meter(device, model)
+        self.offloader = Offloader(device) if offload else None
+        kind, amount = host or ("share", 0.5)
+        self.host_memory = int(amount * memory_amount.host_memory_free() if kind == "share" else amount)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.scripts: dict = {}
+        self.costs: Costs | None = None
+        self.loss_bytes: float | None = None  # of head and loss, for each token
+        self.correction = 0  # bytes by which a step exceeded its prediction
+        self.stepped = False  # whether an optimizer of these parameters has made its states
+        self.plan: Plan | None = None
+        self._plans: dict = {}
+        self._pass: _Pass | None = None
+        self._ooms = self._out_of_memory()
+        self.states = memory_layers.install(self, model)
+        self._last = len(self.states) - 1
+        self._flags = self._checkpointing(model)
+        self._hooks = [memory_layers.stack_of(model).register_forward_pre_hook(_clear), _after_optimizer_steps(self)]
+
+    # -- other checkpointing -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _checkpointing(model) -> dict:
+        """Instance flags, off now, by module: transformers' and Unsloth's checkpointing ask `module.gradient_checkpointing`."""
+        flags = {}
+        for module in model.modules():
+            if "gradient_checkpointing" in module.__dict__:
+                flags[module] = module.__dict__["gradient_checkpointing"]
+                module.gradient_checkpointing = False
+        return flags
+
+    def clear_checkpointing(self, stack: torch.nn.Module) -> None:
+        """Trainer and Unsloth's for_training() switch it on again at any time; the stack asks when its forward begins."""
+        for part in (stack, *stack.layers) if hasattr(stack, "layers") else (stack, *stack.children()):
+            if getattr(part, "gradient_checkpointing", False):
+                self._flags[part] = part.gradient_checkpointing
+                part.gradient_checkpointing = False
+
+    def remove(self) -> None:
+        """Take the budget off: forwards and checkpointing flags are again what they were. Call it between steps."""
+        model = self.model()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if model is not None:
+            memory_layers.uninstall(model)
+            for module, value in self._flags.items():
+                module.gradient_checkpointing = value
+        self._flags = {}
+        if self.offloader is not None:
+            self.offloader.memory.clear()
+
+    # -- planning ------------------------------------------------------------------------------------------------------------
+
+    def limit(self) -> int:
+        """Bytes that may be allocated now."""
+        return self.meter.limit(self.budget, self.margin)
+
+    def _static(self) -> int:
+        """What is allocated at the start of a forward, and what the step will add that no plan can change."""
+        gradients = sum(p.numel() * p.element_size() for p in self.trainable if p.grad is None)
+        states = 0 if self.stepped else 8 * sum(p.numel() for p in self.trainable)  # Adam's two, in fp32
+        return self.meter.allocated() + gradients + states
+
+    def _begin(self, state, layer, inner, args, kwargs) -> _Pass:
+        x = memory_layers.hidden_states(args, kwargs)
+        tokens, sequence = x.numel() // x.shape[-1], x.shape[-2]
+        if self.offloader is not None:
+            self.offloader.settle()
+        if self.costs is None or tokens > self.costs.tokens * 1.25 or sequence > self.costs.sequence * 1.25:
+            self.costs = memory_probe.measure(
+                state, layer, inner, args, kwargs, self.scripts, self.meter, self.offloader, 3 if x.is_cuda else 1
+            )
+            self.loss_bytes = None
+            self._plans.clear()
+        if (ooms := self._out_of_memory()) > self._ooms:
+            self.correction += max(2**28, self.limit() // 20)
+            self._ooms = ooms
+            self._plans.clear()
+        plan = self._planned(tokens, sequence)
+        if plan != self.plan:
+            logger.info("memory budget %s: %s", self.given, plan)
+        self.plan = plan
+        for one, name in zip(self.states, plan.levels, strict=True):
+            one.level = LEVELS[name]
+        if self.offloader is not None:
+            self.offloader.limit = plan.limit
+        started = _Pass(plan, tokens, sequence)
+        started.measuring = self.loss_bytes is None and self.device.type == "cuda"
+        started.peak_before = self.meter.peak()
+        return started
+
+    def _planned(self, tokens: int, sequence: int) -> Plan:
+        static = -(-self._static() // _STEP) * _STEP if self.device.type == "cuda" else self._static()
+        limit, measured = self.limit(), self.loss_bytes is not None or self.device.type != "cuda"
+        key = (tokens, sequence, static, limit // _STEP, measured, self.correction)
+        if key not in self._plans:
+            costs = self.costs.scaled(tokens, sequence)
+            known = dict(
+                static=static + self.correction,
+                loss=int((self.loss_bytes or 0) * tokens),
+                host_memory=self.host_memory if self.offloader is not None else 0,
+            )
+            lowest = smallest(costs, len(self.states), **known)
+            if measured or lowest.peak > limit:
+                plan = best(costs, len(self.states), limit, **known)
+            else:
+                plan = lowest
+            self._plans[key] = plan
+        return self._plans[key]
+
+    @staticmethod
+    def _out_of_memory() -> int:
+        if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+            return 0
+        stats = torch.cuda.memory_stats()
+        return stats.get("num_ooms", 0) + stats.get("num_alloc_retries", 0)
+
+    # -- a step --------------------------------------------------------------------------------------------------------------
+
+    def run(self, state, layer, inner, args, kwargs):
+        """One layer's training forward, called by its wrapper."""
+        if state.index == 0:
+            self._pass = self._begin(state, layer, inner, args, kwargs)
+        current = self._pass
+        if current is None:  # a layer called by itself
+            return inner(*args, **kwargs)
+        out, frame = memory_layers.run_layer(state, layer, inner, args, kwargs, state.level, self.scripts)
+        if frame is not None:
+            sent = current.sent.setdefault(state.index, [])
+            memory_layers.settle(state, layer, frame, state.level, self.scripts, lambda value: self._send(value, sent))
+        if self.offloader is not None:
+            self.offloader.settle()
+        tensor = out[0] if isinstance(out, (tuple, list)) else out
+        if tensor.requires_grad and (current.sent or state.index in (0, self._last)):
+            tensor.register_hook(lambda gradient, index=state.index: self._reached(current, index))
+        if state.index == self._last:
+            current.after_layers = self.meter.allocated()
+            if current.measuring:
+                self.meter.reset_peak()
+        return out
+
+    def _send(self, value, sent: list) -> None:
+        self.offloader.send(value)
+        sent.append(weakref.ref(value))
+
+    def _reached(self, current: _Pass, index: int) -> None:
+        """The backward has come to layer `index`: bring back what the layer before it will want."""
+        if index == self._last and current.measuring:
+            current.measuring = False
+            self.loss_bytes = (self.meter.peak() - current.after_layers) / current.tokens
+            self._plans.clear()
+        under_way = 0
+        for below in (index, index - 1):
+            for ref in current.sent.get(below, ()):
+                value = ref()
+                if value is None or value.storage is not None or value.restored is not None:
+                    continue
+                if below != index and under_way + value.nbytes > max(self.offloader.limit, value.nbytes):
+                    break
+                under_way += value.nbytes
+                self.offloader.fetch(value)
+        if index == 0 and self.device.type == "cuda":
+            over = self.meter.peak() - current.plan.peak
+            if self.meter.peak() > current.peak_before and over > 0:
+                self.correction += -(-over // _STEP) * _STEP
+                self._plans.clear()
+
+    def __repr__(self):
+        return f"MemoryBudget({self.given!r}: {self.plan or 'planned at the first training step'})"
+
+
+def _clear(stack, args):
+    # No method of the keeper: a copied model copies its hooks, and a copy is under no budget.
+    state = memory_layers.state_of(stack)
+    if state is not None and stack.training and not torch.compiler.is_compiling():
+        state.keeper.clear_checkpointing(stack)
+
+
+def _after_optimizer_steps(keeper: MemoryBudget):
+    """After the first step of an optimizer that trains these parameters, its states are part of what is allocated."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    ref = weakref.ref(keeper)
+
+    def hook(optimizer, args, kwargs):
+        me = ref()
+        if me is None or me.stepped:
+            return
+        mine = {id(p) for p in me.trainable}
+        me.stepped = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    return register_optimizer_step_post_hook(hook)

@@ -1,0 +1,181 @@
+"""Which layers keep, compute again or offload what: the fastest arrangement whose peak fits.
+
+The model of the peak. A step allocates, on top of what is there before the forward (`static`): what each layer keeps for its
+backward, the loss's own peak, and in the backward the working set of the layer that is being differentiated. With layers 0..L-1
+
+    after the forward    static + sum of kept + copies under way + loss
+    backward of layer i  static + kept of layers 0..i-1 + copies under way + backward_peak of layer i
+    forward of layer i   static + kept of layers 0..i-1 + copies under way + forward_peak of layer i
+
+since the backward frees layer L-1 first. So levels with a large working set (a whole layer computed again) belong to the first
+layers, whose backward runs when the others' memory is free again, and levels that keep all belong to the last.
+
+The model of time: the measured extra time of each layer's level, plus what copies to and from the host take beyond the compute
+they hide behind. Two budgets (device memory, the link) constrain one choice a layer, so an optimum mixes at most three levels;
+all mixtures of three are tried, in one numpy evaluation for each triple. Layers are taken as equal: the probe measures the
+costliest kind of layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+
+class BudgetTooSmall(ValueError):
+    """No plan fits. `least` is the smallest budget, in bytes, for which there is one."""
+
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """One layer at one level. Bytes; seconds beyond a layer that keeps all.
+
+    kept: on the device from the layer's forward to its backward. host: in host memory meanwhile. forward_peak, backward_peak:
+    above what was allocated before the layer's forward; the first without, the second with what the layer keeps.
+    """
+
+    name: str
+    kept: int
+    host: int
+    forward_peak: int
+    backward_peak: int
+    extra: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The probe's result for a batch of `tokens` in rows of `sequence`."""
+
+    tokens: int
+    sequence: int
+    forward: float  # seconds of one layer that keeps all
+    backward: float
+    levels: tuple[LevelCost, ...]
+    to_host: float = 1.0  # bytes a second
+    from_host: float = 1.0
+
+    def scaled(self, tokens: int, sequence: int) -> Costs:
+        """The costs of another batch: linear in tokens; rows longer than the probed ones count as quadratic (masks, softmax)."""
+        ratio = tokens / self.tokens * max(1.0, sequence / self.sequence)
+
+        def grow(cost):
+            sizes = {n: round(getattr(cost, n) * ratio) for n in ("kept", "host", "forward_peak", "backward_peak")}
+            return replace(cost, **sizes, extra=cost.extra * ratio)
+
+        return replace(
+            self, tokens=tokens, sequence=sequence, forward=self.forward * ratio, backward=self.backward * ratio,
+            levels=tuple(map(grow, self.levels)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """levels: the name of each layer's level. peak: predicted, in bytes, static included. extra: predicted seconds a step beyond
+    keeping everything. limit: bytes of copies that may be under way. host: bytes of host memory."""
+
+    levels: tuple[str, ...]
+    peak: int
+    extra: float
+    limit: int
+    host: int
+    static: int
+
+    def counts(self) -> dict[str, int]:
+        return {name: self.levels.count(name) for name in dict.fromkeys(self.levels)}
+
+    def __str__(self):
+        levels = ", ".join(f"{n} x {name}" for name, n in self.counts().items())
+        return f"{levels}; peak {self.peak / 2**30:.2f} GiB, + {self.extra * 1e3:.0f} ms a step, {self.host / 2**30:.2f} GiB on the host"
+
+
+def peak_of(costs: Costs, levels, static: int, loss: int, limit: int) -> int:
+    """The predicted peak of an arrangement, layer by layer (the definition; `best` uses its closed form)."""
+    by_name = {cost.name: cost for cost in costs.levels}
+    below, peak, copies = 0, 0, 0
+    for name in levels:
+        cost = by_name[name]
+        copies = limit if copies or cost.host else 0
+        peak = max(peak, below + copies + max(cost.backward_peak, cost.forward_peak))
+        below += cost.kept
+    return static + max(peak, below + copies + loss)
+
+
+def best(
+    costs: Costs, layers: int, budget: int, *, static: int = 0, loss: int = 0, host_memory: int | None = None
+) -> Plan:
+    """The fastest plan whose predicted peak is at most `budget` bytes; of equally fast ones the smallest.
+
+    layers: how many there are. static: bytes allocated before the forward. loss: bytes that head and loss take beyond what the
+    layers keep. host_memory: bytes of host memory to use at most; None for no bound. Raises BudgetTooSmall with the least one.
+    """
+    found, least = None, None
+    for plan in _mixtures(costs, layers, budget, static, loss, host_memory):
+        if plan.peak <= budget and (found is None or (plan.extra, plan.peak) < (found.extra, found.peak)):
+            found = plan
+        if least is None or plan.peak < least:
+            least = plan.peak
+    if found is None:
+        raise BudgetTooSmall(
+            f"a budget of {budget / 2**30:.2f} GiB is too small for a batch of {costs.tokens} tokens: the least possible is "
+            f"{least / 2**30:.2f} GiB, of which {static / 2**30:.2f} GiB are there before the forward (weights, optimizer). Give "
+            "a larger budget, a shorter max_seq_length or a smaller batch",
+            least,
+        )
+    return found
+
+
+def smallest(costs: Costs, layers: int, *, static: int = 0, loss: int = 0, host_memory: int | None = None) -> Plan:
+    """The plan with the lowest peak, whatever it costs; of equally low ones the fastest."""
+    try:
+        return best(costs, layers, 0, static=static, loss=loss, host_memory=host_memory)
+    except BudgetTooSmall as error:
+        return best(costs, layers, error.least, static=static, loss=loss, host_memory=host_memory)
+
+
+def _mixtures(costs, layers, budget, static, loss, host_memory):
+    """For each set of up to three levels the best plan within the budget, and the smallest one."""
+    import numpy as np
+
+    # First the levels whose backward needs the most beyond what they keep.
+    order = sorted(costs.levels, key=lambda c: c.kept - max(c.backward_peak, c.forward_peak))
+    first, second = np.meshgrid(np.arange(layers + 1), np.arange(layers + 1), indexing="ij")
+    inside = first + second <= layers
+    first, second = first[inside], second[inside]
+    counts = np.stack([first, second, layers - first - second])
+    for triple in (
+        itertools.combinations_with_replacement(order, 3) if len(order) < 3 else itertools.combinations(order, 3)
+    ):
+        kept, host, work, extra = (
+            np.array([getter(c) for c in triple])[:, None]
+            for getter in (
+                lambda c: c.kept,
+                lambda c: c.host,
+                lambda c: max(c.backward_peak, c.forward_peak),
+                lambda c: c.extra,
+            )
+        )
+        used = counts > 0
+        limit = 2 * (host * used).max(0)  # one layer's copies under way, the next one's begun
+        below = np.cumsum(counts * kept, 0)
+        copies = np.maximum.accumulate(used & (host > 0), 0) * limit
+        layer_peak = (np.where(used, below - kept + work + copies, 0)).max(0)
+        peak = static + np.maximum(layer_peak, below[-1] + copies[-1] + loss)
+        bytes_out = (counts * host).sum(0)
+        time = (counts * extra).sum(0)
+        stall = np.maximum(0, bytes_out / costs.to_host - layers * costs.forward)
+        stall = stall + np.maximum(0, bytes_out / costs.from_host - layers * costs.backward - time)
+        time = time + stall
+        allowed = np.ones_like(peak, bool) if host_memory is None else bytes_out <= host_memory
+        if not allowed.any():
+            continue
+        fits = allowed & (peak <= budget)
+        chosen = {int(np.lexsort((time, np.where(allowed, peak, np.inf)))[0])}
+        if fits.any():
+            chosen.add(int(np.lexsort((peak, np.where(fits, time, np.inf)))[0]))
+        for i in chosen:
+            levels = tuple(c.name for c, n in zip(triple, counts[:, i], strict=True) for _ in range(n))
+            yield Plan(levels, int(peak[i]), float(time[i]), int(limit[i]), int(bytes_out[i]), static)

@@ -1,0 +1,238 @@
+"""Which saved tensor is which product: found by computing the candidates and comparing every bit.
+
+The fused kernels of a fast path hand autograd tensors without names. For each new list of saved tensors (`Frame.signature`) the
+norms and the MLP of the layer are run once more on what went in, and every saved tensor that equals a product in all its bits
+gets that product's recipe. A projection may be summed in two orders, as a peft module does and as Unsloth's fused kernels do
+(`out.addmm_(XA, B, alpha=s)`); the right one is the one that gives the same bits. This costs one forward of a layer without
+attention, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .recompute import Frame, Saved
+
+
+@dataclass
+class Script:
+    """norm: name of the norm that made the MLP's input and the event that holds the norm's input (None for the layer's input).
+    norms: the same for the layer's own events.
+    products: event index -> name of the product ("gate", "up", "act", "product"), and how projections are summed; None where
+    some wide tensor is none of them: then the MLP is replayed. final: whether it need not be looked for again."""
+
+    norm: tuple[str, int | None] | None = None
+    products: dict[int, str] | None = None
+    fused: bool = False
+    final: bool = True
+    norms: dict[int, tuple[str, int | None]] = field(default_factory=dict)
+
+
+def norms_of(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: child for name, child in layer.named_children() if "norm" in name.lower()}
+
+
+def norm_functions(layer: torch.nn.Module) -> dict[str, Callable]:
+    """How the layer's forward may compute each of its norms: by calling the module, or, as Unsloth's fast paths do, by handing it
+    to the function `fast_rms_layernorm` that the forward finds among its globals."""
+    functions = {}
+    fast = getattr(inspect.unwrap(type(layer).forward), "__globals__", {}).get("fast_rms_layernorm")
+    if fast is None:  # an instance's own forward
+        before = getattr(layer.__dict__.get("_unsloth_ext_memory"), "before", None)
+        fast = (
+            getattr(inspect.unwrap(before), "__globals__", {}).get("fast_rms_layernorm") if before is not None else None
+        )
+    for name, norm in norms_of(layer).items() if fast is not None else ():
+        functions[f"{name}, fast"] = functools.partial(fast, norm)
+        functions[f"{name}, fast, gemma"] = functools.partial(fast, norm, gemma=True)
+    return functions | norms_of(layer)  # the fast ones first: on few numbers both may give the same bits
+
+
+def lora_of(projection):
+    """(base layer, A, B, scaling) of a peft Linear with one plain active adapter; A is None without; None for what is not that."""
+    base = getattr(projection, "base_layer", projection)
+    if base is projection or getattr(projection, "disable_adapters", False) or getattr(projection, "merged", False):
+        return base, None, None, None
+    active = getattr(projection, "active_adapters", ())
+    if len(active) != 1 or active[0] not in getattr(projection, "lora_A", {}):
+        return None
+    name = active[0]
+    return base, projection.lora_A[name].weight, projection.lora_B[name].weight, projection.scaling[name]
+
+
+def dense_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    if getattr(state, "quant_type", None) == "nf4":
+        from ..nf4 import dequantize
+
+        return dequantize(weight, state)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, state)
+
+
+def fused_projection(projection, tensor: torch.Tensor) -> torch.Tensor | None:
+    """A projection in the order of the fused kernels: x W^T, then += s (x A^T) B^T in the output's own dtype."""
+    parts = lora_of(projection)
+    if parts is None:
+        return None
+    base, a, b, scaling = parts
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    out = flat @ dense_weight(base, tensor.dtype).t()
+    if a is not None:
+        out.addmm_(flat @ a.to(tensor.dtype).t(), b.to(tensor.dtype).t(), alpha=scaling)
+    return out.view(*tensor.shape[:-1], -1)
+
+
+class Products:
+    """The MLP's inner tensors, computed from its input when they are wanted. `gate`, `up`, `act` (of gate), `product`."""
+
+    def __init__(self, mlp: torch.nn.Module, frame: Frame, script: Script):
+        self.mlp, self.frame, self.fused = mlp, frame, script.fused
+        self.events = {name: index for index, name in (script.products or {}).items()}
+
+    def __call__(self, name: str) -> torch.UntypedStorage:
+        with torch.no_grad(), self.frame.surroundings.again():
+            return self.make(name).contiguous().untyped_storage()
+
+    def make(self, name: str) -> torch.Tensor:
+        if name in ("gate", "up"):
+            projection, tensor = getattr(self.mlp, f"{name}_proj"), self.frame.input.tensor()
+            if self.fused:
+                return fused_projection(projection, tensor)
+            with (
+                torch.enable_grad()
+            ):  # as in the forward: peft sums in place, in another order, where no gradient is wanted
+                return projection(tensor).detach()
+        if name == "act":
+            return self.mlp.act_fn(self._have("gate"))
+        return self._have("act") * self._have("up")
+
+    def _have(self, name: str) -> torch.Tensor:
+        """Taken from the value that holds it, or made for it: the backward will ask for that value soon."""
+        ref, dtype, shape = self.frame.events[self.events[name]] if name in self.events else (None, None, None)
+        value = None if ref is None else ref()
+        if value is None:
+            return self.make(name)
+        if value.restored is None:
+            value.restored = self.make(name).contiguous().untyped_storage()
+        return torch.empty(0, dtype=dtype, device=value.device).set_(value.restored, 0, shape)
+
+
+def norm_recipe(norm: Callable, source: Saved, surroundings) -> Callable[[], torch.UntypedStorage]:
+    def recipe():
+        with torch.no_grad(), surroundings.again():
+            return norm(source.tensor()).contiguous().untyped_storage()
+
+    return recipe
+
+
+def whole(frame: Frame, index: int) -> Saved | None:
+    """The value of an event read as one contiguous tensor, or None if the event's view does not cover its storage."""
+    ref, dtype, shape = frame.events[index]
+    value = None if ref is None else ref()
+    if value is None or shape.numel() * dtype.itemsize != value.nbytes:
+        return None
+    return Saved(value, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def same(candidate: torch.Tensor | None, saved: torch.Tensor) -> bool:
+    """Whether the bytes of two tensors are equal; of `saved` the storage is compared, whatever view of it was saved."""
+    if candidate is None or candidate.numel() != saved.numel() or candidate.dtype != saved.dtype:
+        return False
+    return torch.equal(candidate.reshape(-1), saved.reshape(-1))
+
+
+def examine(layer: torch.nn.Module, frame: Frame, mlp: torch.nn.Module | None, inner: Frame | None) -> Script:
+    """The script of one run of `layer` whose frames are still open."""
+    script = Script()
+    with torch.no_grad(), frame.surroundings.again():
+        x = frame.input.tensor()
+        handles = [(i, h) for i in range(len(frame.events)) if (h := whole(frame, i)) and h.shape.numel() == x.numel()]
+        wanted = [(i, h) for i, h in handles if h.value is not frame.input.value and address_of(h) not in frame.outputs]
+        goal = None if inner is None or address_of(inner.input) in frame.outputs else inner.input
+        norms = norm_functions(layer) if wanted or goal else {}
+        found: dict[
+            int | None, list
+        ] = {}  # event, or None for the MLP's input -> (norm, event of its input), all that fit
+        for source, handle in [(None, frame.input), *wanted]:
+            for name, norm in norms.items():
+                made = norm(handle.tensor().view(x.shape))
+                for index, other in wanted:
+                    if other.value is not handle.value and same(made, other.tensor()):
+                        found.setdefault(index, []).append((name, source))
+                if goal is not None and same(made, goal.tensor()):
+                    found.setdefault(None, []).append((name, source))
+        for index, fits in found.items():
+            modules = {name.partition(",")[0] for name, _ in fits}
+            if len(modules) > 1 and any(p.requires_grad for name in modules for p in getattr(layer, name).parameters()):
+                continue  # equal today; training will part them
+            if index is None:
+                script.norm = fits[0]
+            else:
+                script.norms[index] = fits[0]
+        if inner is not None and mlp is not None:
+            _find_products(script, mlp, inner)
+    return script
+
+
+def address_of(handle: Saved) -> int:
+    return handle.value.get().data_ptr()
+
+
+def _find_products(script: Script, mlp: torch.nn.Module, inner: Frame) -> None:
+    least = inner.input.value.nbytes // 8  # x A^T is small: it is kept
+    wide = {
+        i
+        for i, (ref, _, _) in enumerate(inner.events)
+        if ref is not None and ref() is not inner.input.value and ref().nbytes >= least
+    }
+    adapters = [
+        parts[1:3]
+        for name in ("gate", "up")
+        if (parts := lora_of(getattr(mlp, f"{name}_proj"))) and parts[2] is not None
+    ]
+    ranks = {a.shape[0] for a, _ in adapters}
+    # As modules, the projections leave x A^T behind; the fused kernels compute that again in their backward.
+    as_modules = any(
+        shape and shape[-1] in ranks and len(shape) > 1
+        for ref, _, shape in inner.events
+        if not _is_adapter(shape, adapters)
+    )
+    # While B is all zeros the two orders cannot be told apart by their bits: look again next time.
+    script.final = all(bool(b.detach().any()) for _, b in adapters)
+    for fused in (False,) if as_modules else (True, False):
+        products, drawn = Products(mlp, inner, Script(fused=fused)), _random_state(inner)
+        try:
+            made = {name: products.make(name) for name in ("gate", "up", "act", "product")}
+        except (AttributeError, TypeError, RuntimeError):
+            continue  # another kind of MLP
+        if any(not torch.equal(a, b) for a, b in zip(drawn, _random_state(inner), strict=True)):
+            return  # dropout: each product alone would draw other masks than all in their order
+        found = {}
+        for index in wide:
+            handle = whole(inner, index)
+            for name, tensor in made.items() if handle is not None else ():
+                if same(tensor, handle.tensor()):
+                    found[index] = name
+                    break
+        if found.keys() == wide:
+            script.products, script.fused = found, fused
+            return
+
+
+def _is_adapter(shape, adapters) -> bool:
+    return any(tuple(shape) in (tuple(w.shape), tuple(w.shape[::-1])) for pair in adapters for w in pair)
+
+
+def _random_state(frame: Frame) -> list[torch.Tensor]:
+    device = frame.input.value.device
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
