@@ -19,8 +19,9 @@ def test_status_without_an_import(capsys):
     assert main(["status", "--no-import", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {"loss.unread_keywords", "tools.cpu_pad_token", "tools.empty_tool_calls"} <= {row["id"] for row in rows}
-    code = "import sys; from unsloth_ext.__main__ import main; main(['status', '--no-import']); print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = "import sys; from unsloth_ext.__main__ import main; main(['status', '--no-import']); print('MODULES', *sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    modules = modules.rpartition("MODULES")[2].split()
     assert "unsloth_ext" in modules and "torch" not in modules
 
 

@@ -189,6 +189,11 @@ def test_refusals_change_nothing():
         compile_model(model, "layer")
     with pytest.raises(UsageError, match="options are Inductor's"):
         compile_model(model, backend="eager", options={"max_autotune": True})
+    for wrong in ({"options": {"no_such_option": 1}}, {"backend": "no_such_backend"}):
+        for scope in ("block", "step"):
+            with pytest.raises(Exception, match="no_such"):
+                compile_model(model, scope, **wrong)
+            assert not any("forward" in module.__dict__ for module in model.modules())
     compiled = compile_model(model, backend="eager")
     with pytest.raises(Refused, match="compiled already"):
         compile_model(model, "step")

@@ -1,5 +1,6 @@
 """The levels in compiled layers: the same bits as the same graphs without a budget, and two graphs for all levels."""
 
+import pytest
 import torch
 from memory_models import assert_equal, hold, model_of, tokens_of, trained
 
@@ -7,6 +8,7 @@ from unsloth_ext.compiling import recompute
 from unsloth_ext.compiling.memory_controller import memory_budget
 
 
+@pytest.mark.extended
 def test_layers_compiled_one_by_one(monkeypatch):
     """As Unsloth compiles them: the class's forward is a compiled function, the budget stands around it."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -107,6 +107,11 @@ try:
     forward(model, input_ids=torch.zeros(1, 5, dtype=torch.int64), packed_seq_lengths=lengths)
 except ValueError as error:
     found["a cut batch"] = str(error)
+unsloth_ext.disable("compiling.packed_metadata")  # packed_layers alone: the layers read lengths, or they see one document
+rows, given, wanted = batch()
+model = Model().train()
+forward(model, **given)
+found["lengths where boundaries are not read"] = model.seen["packed_seq_lengths"] is given["packed_seq_lengths"]
 print("FOUND" + json.dumps(found))
 """
 
@@ -122,4 +127,5 @@ def test_unsloth_s_functions(python):
     assert found["lengths under their old name"] is None
     assert found["still a key"]
     assert found["without boundaries as before"] == [[4, 3], [0, 4, 7], 4]
+    assert found["lengths where boundaries are not read"]
     assert "sum to 7, more than the row's 5 tokens" in found["a cut batch"]

@@ -9,6 +9,7 @@ from memory_models import FAMILIES, assert_equal, hold, model_of, tokens_of, tra
 
 from unsloth_ext.compiling import recompute
 from unsloth_ext.compiling.memory_controller import budget_on, memory_budget
+from unsloth_ext.compiling.memory_plan import BudgetTooSmall
 from unsloth_ext.compiling.recompute import LEVELS
 
 
@@ -180,6 +181,81 @@ def test_a_copy_and_a_saved_model_are_under_no_budget(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     assert_equal(trained(torch.load(tmp_path / "model.pt", weights_only=False), tokens), expected)
     assert not any("unsloth_ext" in name for name in model.state_dict())
+    of_copy = memory_budget(copied, "64GiB")
+    hold(of_copy, "layer")
+    assert_equal(trained(copied, tokens), expected)
+    assert budget_on(copied) is of_copy and budget_on(model) is budget
+    of_copy.remove()
+    assert not any("forward" in module.__dict__ for module in copied.modules())
+    assert_equal(trained(copied, tokens), expected)
+
+
+def test_a_forward_that_somebody_wrapped_outlives_the_budget():
+    model, tokens = model_of(), tokens_of()
+    expected = trained(model, tokens)
+    budget = memory_budget(model, "64GiB")
+    layer = model.base_model.model.model.layers[1]
+    below = layer.forward
+    layer.forward = lambda *args, **kwargs: below(*args, **kwargs)  # as accelerate's hooks do
+    budget.remove()
+    assert_equal(trained(model, tokens), expected)
+    with pytest.raises(ValueError, match=r"the forward of base_model\.model\.model\.layers\.1 was replaced"):
+        memory_budget(model, "64GiB")
+    layer.forward = below
+    check(model)
+
+
+def test_a_norm_gets_its_keyword_arguments():
+    model, tokens = model_of(), tokens_of()
+
+    class Gated(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x, gate=1.0):
+            return self.norm(x) * gate
+
+    class Mlp(torch.nn.Module):  # what calls the norm in a hybrid layer, with its gate
+        def __init__(self, norm):
+            super().__init__()
+            self.inner = [norm]
+
+        def forward(self, x):
+            return self.inner[0](x, gate=0.5)
+
+    for layer in model.base_model.model.model.layers:
+        layer.post_attention_layernorm = Gated(layer.post_attention_layernorm)
+        layer.mlp = Mlp(layer.post_attention_layernorm)
+    expected = trained(model, tokens)
+    budget = memory_budget(model, "64GiB")
+    for level in LEVELS:
+        hold(budget, level)
+        assert_equal(trained(model, tokens), expected)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_copy_that_comes_back_is_waited_for_once(read):
+    value, waits = recompute.Value(None, torch.empty(8).untyped_storage()), []
+    value.storage, value.restored, value.ready = None, torch.empty(8).untyped_storage(), lambda: waits.append(1)
+    if read:
+        value.get()
+    del value
+    assert waits == [1]
+
+
+def test_what_steps_took_beyond_the_prediction_does_not_end_a_run(caplog):
+    model, tokens = model_of(), tokens_of()
+    expected = trained(model, tokens)
+    budget = memory_budget(model, "64GiB")
+    trained(model, tokens)
+    budget.correction = 2**40
+    assert_equal(trained(model, tokens), expected)
+    assert "the smallest one is used" in caplog.text
+    budget.remove()
+    with pytest.raises(BudgetTooSmall):
+        memory_budget(model, "1KiB")
+        trained(model, tokens)
 
 
 def test_a_forward_that_does_other_work_the_second_time_is_an_error():

@@ -11,7 +11,7 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "notebooks/kaggle_2xT4_fsdp2_qlora.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_notebook_runs_and_its_losses_agree(tmp_path):
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

@@ -35,6 +35,51 @@ def run(tmp_path):
     return tmp_path, model, optimizer
 
 
+def test_a_checkpoint_in_a_trainers_folder_is_found_and_loaded(tmp_path):
+    model, optimizer = _made()
+    (folder := tmp_path / "checkpoint-3").mkdir()
+    save_checkpoint(folder / "sharded_optimizer", model, optimizer, extra={"global_step": 3})
+    (folder / "adapter_model.safetensors").touch()  # as the Trainer has it there, without an optimizer.pt
+    assert latest_checkpoint(tmp_path) == folder
+    other, its_optimizer = _made(seed=1)
+    assert load_checkpoint(folder, other, its_optimizer) == {"global_step": 3}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_file_of_the_callers_named_as_the_manifest_is_covered(tmp_path):
+    model, optimizer = _made()
+
+    def write(work):
+        (work / "mine").mkdir()
+        (work / "mine/manifest.json").write_text("{}")
+
+    save_checkpoint(tmp_path / "checkpoint-1", model, optimizer, write=write)
+    (tmp_path / "checkpoint-1/mine/manifest.json").write_text("[]")
+    with pytest.raises(Damaged, match="mine/manifest.json has changed"):
+        load_checkpoint(tmp_path / "checkpoint-1", model, optimizer)
+
+
+def _with_a_class_of_its_own(rank, world):
+    from unsloth_ext.fsdp2.team import Team
+
+    class Unknown(Exception):
+        """No other process can import it."""
+
+    def job():
+        if rank == 1:
+            raise Unknown("the disk is gone")
+
+    try:
+        Team("a test").together(job)
+    except UnslothExtError as error:
+        return str(error)
+
+
+def test_an_error_of_any_class_reaches_every_rank(ranks):
+    for said in ranks(2, _with_a_class_of_its_own):
+        assert said == "a test failed on 1 of 2 ranks; rank 1: the disk is gone"
+
+
 def _truncate(path):
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - random.randrange(1, 20))

@@ -168,6 +168,7 @@ def _resumed(rank, world, checkpoint, folder, resume=None, **changes):
 def test_a_run_resumes_on_two_on_one_and_from_one(ranks, checkpoints, tmp_path, capsys):
     import shutil
 
+    from unsloth_ext.fsdp2 import latest_checkpoint
     from unsloth_ext.fsdp2.trainer_saving import newest_whole
 
     arguments = dict(checkpoint=str(checkpoints["nf4"]), folder=str(tmp_path / "two"))
@@ -176,12 +177,13 @@ def test_a_run_resumes_on_two_on_one_and_from_one(ranks, checkpoints, tmp_path, 
     _close(two[0], one)
     assert sorted(p.name for p in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
 
+    assert latest_checkpoint(tmp_path / "two").name == "checkpoint-6"  # with this package's own functions too
     # The newest is damaged: a byte of a rank's file has changed. It is passed over.
     damaged = next((tmp_path / "two/checkpoint-6/sharded_optimizer/tensors").glob("__1_*"))
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    assert newest_whole(tmp_path / "two").name == "checkpoint-2"
+    assert newest_whole(tmp_path / "two") == latest_checkpoint(tmp_path / "two") == tmp_path / "two/checkpoint-2"
     said = capsys.readouterr().err
     assert "checkpoint-6 is passed over" in said and damaged.name in said
     assert ranks(2, _resumed, **arguments, resume=True) == two  # bit for bit

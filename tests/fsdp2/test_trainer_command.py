@@ -126,4 +126,9 @@ Root Cause (first observed failure):
 ])  # fmt: skip
 def test_the_first_that_failed_is_named(facts, expected):
     assert why_ranks_ended(_SUMMARY.format(**facts), 1).startswith(expected)
+    consequence = "[rank0]: RuntimeError: a peer is gone\n[rank2]: ValueError: the cause\n"
+    if "exit code" in expected:
+        assert why_ranks_ended(consequence + _SUMMARY.format(**facts), 1).startswith(
+            "rank 2 ended with exit code 2: the cause"
+        )
     assert why_ranks_ended("nothing to be found", 7) == "torchrun ended with exit code 7; see log.txt"

@@ -1,6 +1,7 @@
 """The switch, losses that read the head themselves, float16's scaler, generation with everything gathered, and the loading hook."""
 
 import json
+import os
 
 import fsdp2_models as models
 import fsdp2_trainers as scripts
@@ -43,12 +44,21 @@ on = states()
 assert vars(Trainer)["__init__"] is not pristine["__init__"] and vars(PreTrainedModel)["from_pretrained"] is not loads
 unsloth_ext.fsdp2.disable()
 assert dict(vars(Trainer)) == pristine and vars(PreTrainedModel)["from_pretrained"] is loads
-print(json.dumps([before, on, states()]))
+off = states()
+del Trainer._load_best_model
+try:
+    unsloth_ext.fsdp2.enable()
+except unsloth_ext.errors.UnslothExtError as error:
+    print(json.dumps([before, on, off, str(error)]))
+assert vars(PreTrainedModel)["from_pretrained"] is loads and unsloth_ext.fsdp2.switch.requested() is None
 """
 
 
 def test_the_patches_follow_the_switch(python):
-    before, on, off = json.loads(python(_STATES).stdout.splitlines()[-1])
+    before, on, off, said = json.loads(python(_STATES).stdout.splitlines()[-1])
+    assert (
+        "cannot be made to shard" in said and "_load_best_model" in said
+    )  # not a run that is silently whole on every rank
     assert [{state for state, _ in found.values()} for found in (before, on, off)] == [
         {"disabled"},
         {"applied"},
@@ -160,13 +170,16 @@ def test_ranks_skip_a_step_together(ranks, checkpoints, overflow):
 def _gathered_generation(rank, world, folder, options):
     from unsloth_ext.fsdp2 import bytes_held, load, shard
     from unsloth_ext.fsdp2.generation import all_gathered
+    from unsloth_ext.fsdp2.trainer import serve
 
-    model = shard(models.with_lora(load(folder, dtype=torch.float32)), **options).eval()
+    model = serve(shard(models.with_lora(load(folder, dtype=torch.float32)), **options)).eval()
     held, prompt = bytes_held(model), models.batches(1, 1, length=5)[0]
     with all_gathered(model):
         spoken = model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
         layer = model.get_base_model().model.layers[0]
         assert layer.mlp.up_proj.base_layer.weight.quant_state is not None  # still whole after its forwards
+        head = model.get_base_model().get_output_embeddings().weight
+        assert not hasattr(head, "to_local")  # decoding that calls no decoder reads it next
     assert bytes_held(model) == held
     model.train()
     model(input_ids=prompt, labels=prompt).loss.backward()
@@ -189,6 +202,7 @@ def _loaded(rank, world, folders):
     import transformers
 
     from unsloth_ext.fsdp2.nf4_parameter import NF4Shard
+    from unsloth_ext.fsdp2.row_shard import RowShard
 
     found = {}
     with scripts.torchrun(rank, world):
@@ -224,6 +238,12 @@ def _loaded(rank, world, folders):
         torch.distributed.barrier()
         with contextlib.suppress(Exception):  # whatever transformers makes of such a checkpoint is its own affair
             attempt("mixed", str(broken))
+        model = transformers.LlamaForCausalLM.from_pretrained(folders["nf4"], use_cache=False)
+        assert isinstance(model.lm_head.weight, RowShard) and model.config.use_cache is False
+        # accelerate's configuration, under which transformers leaves zeros on all ranks but the first
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+        assert all(p.any() for p in load(folders["16bit"]).parameters())
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
         wish = transformers.AutoConfig.from_pretrained(folders["nf4"])
         load(folders["nf4"], config=wish)
         assert wish.quantization_config["load_in_4bit"]  # the caller's object is the caller's
@@ -254,6 +274,34 @@ def test_one_process_is_told_about_torchrun(monkeypatch, capsys):
     assert shard_for_trainer(model) is model
     said = capsys.readouterr().err
     assert "nothing is sharded" in said and "torchrun --nproc-per-node" in said
+
+
+def test_a_model_that_is_left_to_accelerate_keeps_its_configuration(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from unsloth_ext.fsdp2.trainer import shard_for_trainer
+
+    monkeypatch.setattr(switch, "_enabled", switch.Settings())
+    monkeypatch.setattr(switch, "_said", set())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = SimpleNamespace(fsdp="full_shard", fsdp_config={}, optim="muon", bf16_full_eval=True)
+    before, model = dict(vars(arguments)), torch.nn.Linear(3, 3)
+    assert shard_for_trainer(model, arguments) is model
+    assert vars(arguments) == before and os.environ["ACCELERATE_USE_FSDP"] == "true"
+    assert "left to accelerate" in capsys.readouterr().err
+
+
+def test_the_adapter_that_is_saved_has_the_name_that_it_was_given():
+    import peft
+
+    from unsloth_ext.fsdp2.trainer_saving import _adapter_of
+
+    lora = peft.LoraConfig(target_modules=["0"])
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), lora, adapter_name="policy")
+    assert _adapter_of(model) == "policy" and _adapter_of(torch.nn.Linear(3, 3)) == "default"
+    model.add_adapter("default", lora)
+    assert _adapter_of(model) == "default"
 
 
 def test_where_unsloth_shards_nothing_is_done_and_one_line_says_so(monkeypatch, capsys, tmp_path):

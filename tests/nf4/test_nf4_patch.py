@@ -133,7 +133,7 @@ def test_on_the_installed_unsloth(python):
         "before = dict(vars(utils))\n"
         "others = [bitsandbytes.matmul_4bit, llama.unsloth_fast_generate]  # not as globals: those are rebound too\n"
         "for _ in range(3):\n"
-        "    registry.enable()\n"
+        "    registry.enable(*(patch.id for patch in PATCHES))\n"
         "    assert {row.state for row in registry.status()} == {'applied'}, registry.status()\n"
         "    changed = {name for name in before if vars(utils)[name] is not before[name]}\n"
         "    assert changed == {'_fast_dequantize_bnb', '_fast_gemv_bnb', 'fast_linear_forward', 'matmul_lora'}, changed\n"

@@ -100,6 +100,21 @@ def test_a_patch_with_a_switch_waits_for_it(world, monkeypatch):
     assert state(registry) == ("applied", "") and w.load("model").forward(1) == 20
 
 
+def test_enabling_the_rest_keeps_why_a_patch_with_a_switch_failed(world, monkeypatch):
+    w = world()
+    monkeypatch.delenv("ROOM_SCALE", raising=False)
+
+    def changes(module, target):
+        raise RuntimeError("there is no such card")
+
+    registry = w.registry(w.patch(switch="ROOM_SCALE", changes=changes))
+    registry.enable("room.scale")
+    w.load("model")
+    assert state(registry) == ("failed", "RuntimeError: there is no such card")
+    registry.enable()
+    assert state(registry) == ("failed", "RuntimeError: there is no such card")
+
+
 def test_the_loader_is_gone_from_the_module(world):
     w = world()
     w.registry(w.patch()).enable()

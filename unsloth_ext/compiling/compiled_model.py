@@ -84,6 +84,7 @@ def compile_model(
 
     model: a causal language model of one of FAMILIES, as transformers, peft or Unsloth's FastLanguageModel gives it, adapters
         included. LoRA, 4-bit layers, gradient checkpointing, padded, packed and padding-free batches are all inside.
+        Unsloth's fast path takes packed and padding-free ones only under UNSLOTH_EXT_PACKED=1; without it they are a `CompileError`.
     scope: "block" compiles one region a class of decoder layers, which all layers of the class share; embedding, final norm
         and loss stay as they are. "step" compiles the model's whole forward, with the loss where labels are given.
     dynamic: True for one graph for all lengths and all batch sizes above 1; False for one a shape; None lets Dynamo decide.
@@ -124,22 +125,26 @@ def compile_model(
             _own_code(function), fullgraph=fullgraph, dynamic=dynamic, backend=ledger.counted(chosen, name)
         )
 
-    for layer in layers:
-        # Inside Unsloth's own compile of the layers ours would be one with its flags in it.
-        compiled._replace(layer, types.MethodType(_plain_forward(type(layer)), layer))
-    if scope == "step":
-        own = model.forward
-        compiled._undo = trace_input_gradients(model)
-
-        def step(model_forward, kwargs):
-            return model_forward(**kwargs)
-
-        compiled._replace(model, _step(model, inner, own, region(step, type(model).__name__), ledger))
-    else:
-        regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
+    try:
         for layer in layers:
-            layer.__dict__["forward"] = _block(model, layer, regions[type(layer)], ledger)
-        compiled._replace(inner.model, _without_cache(inner.model, inner.model.forward))
+            # Inside Unsloth's own compile of the layers ours would be one with its flags in it.
+            compiled._replace(layer, types.MethodType(_plain_forward(type(layer)), layer))
+        if scope == "step":
+            own = model.forward
+            compiled._undo = trace_input_gradients(model)
+
+            def step(model_forward, kwargs):
+                return model_forward(**kwargs)
+
+            compiled._replace(model, _step(model, inner, own, region(step, type(model).__name__), ledger))
+        else:
+            regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
+            for layer in layers:
+                layer.__dict__["forward"] = _block(model, layer, regions[type(layer)], ledger)
+            compiled._replace(inner.model, _without_cache(inner.model, inner.model.forward))
+    except BaseException:  # a backend that does not exist, an option that Inductor does not know
+        compiled.restore()
+        raise
     model.__dict__["_unsloth_ext_compiled"] = compiled
     return compiled
 

@@ -25,9 +25,9 @@ def parse(budget) -> tuple[str, float]:
     """
     if isinstance(budget, bool) or not isinstance(budget, (str, int, float)):
         raise TypeError(f'budget must be "auto", an amount such as "12GiB" or a share such as 0.8, got {budget!r}')
-    if budget == "auto":
-        return "share", 1.0
     if isinstance(budget, str):
+        if budget.strip().lower() == "auto":
+            return "share", 1.0
         match = _AMOUNT.fullmatch(budget)
         if match is None:
             raise ValueError(
@@ -163,6 +163,10 @@ def meter(device: torch.device, model: torch.nn.Module):
 
 def host_memory_free() -> int:
     """Bytes of RAM that this process may still take: of the machine and of its control group, whichever is less."""
+    if not os.path.exists("/proc/meminfo"):  # not Linux. peft and accelerate need psutil, so it is there
+        import psutil
+
+        return psutil.virtual_memory().available
     with open("/proc/meminfo") as file:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     for limit, used in (

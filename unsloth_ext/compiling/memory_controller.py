@@ -162,16 +162,16 @@ class MemoryBudget:
         tokens, sequence = x.numel() // x.shape[-1], x.shape[-2]
         if self.offloader is not None:
             self.offloader.settle()
+        if self._out_of_memory() > self._ooms:
+            self.correction += max(2**28, self.limit() // 20)
+            self._plans.clear()
         if self.costs is None or tokens > self.costs.tokens * 1.25 or sequence > self.costs.sequence * 1.25:
             self.costs = memory_probe.measure(
                 state, layer, inner, args, kwargs, self.scripts, self.meter, self.offloader, 3 if x.is_cuda else 1
             )
             self.loss_bytes = None
             self._plans.clear()
-        if (ooms := self._out_of_memory()) > self._ooms:
-            self.correction += max(2**28, self.limit() // 20)
-            self._ooms = ooms
-            self._plans.clear()
+        self._ooms = self._out_of_memory()  # the probe's own, at levels that do not fit, are no step's
         plan = self._planned(tokens, sequence)
         if plan != self.plan:
             logger.info("memory budget %s: %s", self.given, plan)
@@ -197,18 +197,28 @@ class MemoryBudget:
                 host_memory=self.host_memory if self.offloader is not None else 0,
             )
             lowest = smallest(costs, len(self.states), **known)
-            if measured or lowest.peak > limit:
+            if lowest.peak > limit >= lowest.peak - self.correction:
+                # What earlier steps took beyond their predictions is no reason to end a run that is going on.
+                logger.warning(
+                    "memory budget %s: steps took %.2f GiB more than predicted, and with that much less no plan fits; the "
+                    "smallest one is used, and the budget may be exceeded",
+                    self.given,
+                    self.correction / 2**30,
+                )
+                plan = lowest
+            elif measured or lowest.peak > limit:
                 plan = best(costs, len(self.states), limit, **known)
             else:
                 plan = lowest
+            if len(self._plans) >= 1024:  # batches of ever new lengths
+                self._plans.clear()
             self._plans[key] = plan
         return self._plans[key]
 
-    @staticmethod
-    def _out_of_memory() -> int:
-        if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    def _out_of_memory(self) -> int:
+        if self.device.type != "cuda":
             return 0
-        stats = torch.cuda.memory_stats()
+        stats = torch.cuda.memory_stats(self.device)
         return stats.get("num_ooms", 0) + stats.get("num_alloc_retries", 0)
 
     # -- a step --------------------------------------------------------------------------------------------------------------

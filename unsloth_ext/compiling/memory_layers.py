@@ -105,6 +105,13 @@ def install(keeper, model: torch.nn.Module) -> list[LayerState]:
     for index, layer in enumerate(layers):
         if state_of(layer) is not None:
             raise ValueError(f"{path}.{index} is under a memory budget already: call its remove() first")
+    for name, module in model.named_modules():
+        seat = module.__dict__.get(_SEAT)
+        # A copy of a model under a budget still has our forwards: wrapped once more, they would call themselves.
+        if seat is not None and seat.state is None and not _take_off(module, seat):
+            raise ValueError(
+                f"the forward of {name} was replaced under a memory budget that is gone, by {module.forward!r}: undo that first"
+            )
     states = []
     for index, layer in enumerate(layers):
         state = LayerState(keeper, index, f"{path}.{index}", layer)
@@ -120,14 +127,23 @@ def install(keeper, model: torch.nn.Module) -> list[LayerState]:
 
 
 def uninstall(model: torch.nn.Module) -> None:
+    """Give every module its forward back. Where somebody has replaced ours since, ours stays below and only passes on."""
     for module in model.modules():
-        seat = module.__dict__.pop(_SEAT, None)
-        if seat is None:
-            continue
-        if getattr(module.__dict__.get("forward"), "__func__", None) in (forward, mlp_forward, norm_forward):
-            del module.__dict__["forward"]
-            if seat.before is not None:
-                module.__dict__["forward"] = seat.before
+        seat = module.__dict__.get(_SEAT)
+        if seat is not None and not _take_off(module, seat):
+            seat.state = None
+
+
+def _take_off(module: torch.nn.Module, seat: Seat) -> bool:
+    """False, with nothing changed, where the module's forward is not ours any more: then it may still call ours."""
+    if seat.role != "stack":
+        if getattr(module.__dict__.get("forward"), "__func__", None) not in (forward, mlp_forward, norm_forward):
+            return False
+        del module.__dict__["forward"]
+        if seat.before is not None:
+            module.__dict__["forward"] = seat.before
+    del module.__dict__[_SEAT]
+    return True
 
 
 # -- the wrapped forwards ----------------------------------------------------------------------------------------------------
@@ -194,7 +210,7 @@ def _mlp_replayed(frame: Frame, seat: Seat, mlp, args, kwargs):
 def norm_forward(self, *args, **kwargs):
     seat = self.__dict__[_SEAT]
     state = seat.state
-    if state is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) != 1:
+    if state is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) != 1 or kwargs:
         return seat.call(self, *args, **kwargs)
     frame = recompute.current()
     if frame is None or frame.where != state.path or not state.level.norms:

@@ -1,7 +1,7 @@
 """`use_gradient_checkpointing="auto"`, "12GiB" or 0.8 in Unsloth's `get_peft_model`, and in `from_pretrained` of a saved adapter.
 
 Unsloth takes True, False and "unsloth" there, and hands any other value through without a word. Here an amount of memory goes to
-`memory_budget`, and Unsloth prepares the model as for no checkpointing.
+`memory_budget`, and Unsloth prepares the model as for no checkpointing. Everything else is Unsloth's as before.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _NAME = "use_gradient_checkpointing"
 
 
 def budget_of(value) -> str | float | None:
-    """The memory budget that `use_gradient_checkpointing` names, or None for one of Unsloth's own values.
+    """The memory budget that `use_gradient_checkpointing` names, or None for what is none: "auto", a number or a string with one.
 
-    Raises ValueError for a string that is neither.
+    Raises ValueError for an amount that cannot be: a wrong unit, less than nothing.
     """
-    if value is None or isinstance(value, bool) or value in ("unsloth", "True", "False", 0, 1):
+    if value is None or isinstance(value, bool) or not isinstance(value, (str, float, int)) or value in (0, 1):
         return None
-    if isinstance(value, (str, float, int)):
-        import_module(".memory_amount", __package__).parse(value)
-        return value
-    return None
+    if isinstance(value, str) and value.strip().lower() != "auto" and not any(c.isdigit() for c in value):
+        return None  # "unsloth", "True", and whatever other word: a run that asks for no budget stays what it is
+    import_module(".memory_amount", __package__).parse(value)
+    return value
 
 
 def with_budget(original):

@@ -2,7 +2,8 @@
 
 One side stream does all copies, so a host buffer may be given to the next tensor as soon as its copy back is queued: the copies
 that follow wait for it in the stream. Device memory is only ever allocated on the stream that computes; the side stream waits
-for that stream before it writes, and the reader waits for the copy, so the allocator needs no `record_stream`.
+for that stream before it writes, and the reader waits for the copy (where nobody reads, the value's end does), so the allocator
+needs no `record_stream`.
 
 A storage that is on its way out stays alive until its copy has ended. `limit` bounds how much may be under way (out or back):
 beyond it the computing stream waits for the oldest copy (the host never waits). The plan counts this many bytes.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _PACKING, _DISPATCH, _LLAMA = "unsloth.utils.packing", "unsloth.utils.attention_dispatch", "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
 _SWITCH = "UNSLOTH_EXT_PACKED"  # until it has been measured on a card
+_READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_metadata is in
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
 _RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",))
@@ -70,6 +71,7 @@ def _metadata(module, target):
     return [
         SetAttribute(module, "get_packed_info_from_kwargs", get_packed_info_from_kwargs),
         SetAttribute(module, "cover_padded_cu_seqlens", cover_padded_cu_seqlens),
+        SetAttribute(module, _READ, True),
     ]
 
 
@@ -136,6 +138,7 @@ def _layers(original):
             and kwargs.get("prefix_seg_info") is None
             and (self.training or torch.compiler.is_compiling())
             and _whole_row()
+            and getattr(sys.modules[_PACKING], _READ, False)  # else the layers would see one document
         ):
             kwargs |= _boundaries(kwargs, tokens.shape[1], tokens.device)
         return original(

@@ -80,6 +80,10 @@ class Value:
         self.host = self.recipe = self.restored = self.ready = None
         self.name = None
 
+    def __del__(self):
+        if self.ready is not None:  # brought back and never read: the copy may still write to what is now freed
+            self.ready()
+
     def get(self) -> torch.UntypedStorage:
         """The storage, brought back or computed where it was given up."""
         if self.storage is not None:

@@ -70,7 +70,9 @@ def digest(path: Path) -> str:
 
 def files_of(folder: Path) -> list[str]:
     """Relative names, the manifest left out, in order."""
-    found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    found = (
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST
+    )
     return sorted(found)
 
 

@@ -47,6 +47,7 @@ from .held import base_state
 from .nf4_parameter import NF4Shard
 from .stored import Reader, Stored, as_bytes, load_plain, parameter_key
 from .team import Team
+from .trainer_checkpoint import SHARDED
 from .whole import local_of, plain_names, settle, unwrap
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_adapter", "save_checkpoint"]
@@ -189,8 +190,9 @@ def load_checkpoint(
     """Load a checkpoint into a model (and optimizer and scheduler) made as for the saved run. Returns its `extra`.
 
     Called by every rank, or by one process alone; by any number of ranks, whatever number wrote it. The optimizer must be new or
-    of the same settings; it needs no step before. Also reads a folder of transformers' Trainer from one device or DDP: then the
-    result is {"trainer_state": {...}}, and its optimizer's integers are matched to the parameters in order.
+    of the same settings; it needs no step before. Also reads a checkpoint-N folder of transformers' Trainer. After a sharded run the
+    result is {"global_step": N}; after one on one device or DDP {"trainer_state": {...}}, and its optimizer's integers are matched to
+    the parameters in order.
 
     Without an optimizer only weights are loaded (and the scheduler), and the random number generators stay as they are. With one:
 
@@ -201,7 +203,7 @@ def load_checkpoint(
     Raises `UsageError` where the checkpoint does not fit the model or the optimizer, naming the parameter; `Damaged` (an
     `UnslothExtError`) where a file is missing, truncated or changed, naming the file. Nothing has been loaded then.
     """
-    model, folder = unwrap(model), Path(folder)
+    model, folder = unwrap(model), _within(Path(folder))
     team = Team(f"loading {folder}", timeout)
     settle(model)
     stored = team.together(_open, team, folder, model, optimizer, adapter_name)
@@ -242,6 +244,11 @@ def load_checkpoint(
     if notes and team.first:
         _say(f"{folder}: {'; '.join(notes)}")
     return stored.extra
+
+
+def _within(folder: Path) -> Path:
+    """The checkpoint in a folder of a sharded run's Trainer; any other folder as it is."""
+    return folder / SHARDED if (folder / SHARDED).is_dir() and not (folder / MANIFEST).exists() else folder
 
 
 def _is_trainers(folder: Path) -> bool:
@@ -330,10 +337,10 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             candidates.append((int(number.group(1)) if number else -1, saved, path.name, path))
     for *_, path in sorted(candidates, reverse=True):
         try:
-            if _is_trainers(path):
+            if _is_trainers(_within(path)):
                 trainer_checkpoint.check_complete(path)
             else:
-                verify(path, read_manifest(path))
+                verify(_within(path), read_manifest(_within(path)))
             return path
         except (Damaged, OSError) as problem:
             _say(f"passed by: {str(problem).splitlines()[0]}")

@@ -47,10 +47,12 @@ def all_gathered(model: nn.Module):
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
+    before, model._unsloth_ext_all_gathered = getattr(model, "_unsloth_ext_all_gathered", False), True
     try:
         with gathered(*units):
             yield
     finally:
+        model._unsloth_ext_all_gathered = before
         for unit in units:
             keeps = unit in model._unsloth_ext_resident or not model._unsloth_ext_reshards
             unit.set_reshard_after_forward(not keeps, recurse=False)

@@ -44,8 +44,9 @@ def serve_head_readers(model: nn.Module) -> bool:
             head.reshard()
 
     def ended(module, inputs, output):
-        nonlocal waiting
-        if not torch.is_grad_enabled() and not waiting:
+        # Not where generation.py keeps everything gathered: Unsloth's decoding reads the head and calls no decoder before.
+        kept = getattr(model, "_unsloth_ext_all_gathered", False)
+        if not torch.is_grad_enabled() and not waiting and not kept:
             head.reshard()
 
     decoder.register_forward_hook(gather)

@@ -46,12 +46,9 @@ def from_pretrained(original):
     @functools.wraps(function)
     def wrapped(cls, name, *args, **kwargs):
         settings = switch.requested()
-        if settings is None or not settings.sharded_load or switch.world_size() == 1 or args or switch.unsloth_shards():
+        if settings is None or switch.world_size() == 1 or switch.unsloth_shards():
             return function(cls, name, *args, **kwargs)
-        plan = _plan(name, kwargs)
-        if plan is None:
-            return function(cls, name, *args, **kwargs)
-        folder, options = plan
+        folder, options = (_plan(name, kwargs) if settings.sharded_load and not args else None) or (None, {})
         if folder is not None:
             from .sharded_load import load
 
@@ -65,13 +62,14 @@ def from_pretrained(original):
                 model.config.name_or_path = model.name_or_path = str(name)
                 switch.say(f"{name} is read in parts, by each of {switch.world_size()} ranks its own.")
                 return model
-        # Under an accelerate FSDP configuration transformers would leave all ranks but the first without weights.
+        # Under an accelerate FSDP configuration transformers gives all ranks but the first zeros, for accelerate to overwrite. A
+        # 16-bit model too is ours to shard once it has adapters, and nobody would overwrite them.
         before = os.environ.get(_RAM_EFFICIENT)
         os.environ[_RAM_EFFICIENT] = "false"
         try:
             return function(cls, name, *args, **kwargs)
         finally:
-            os.environ.pop(_RAM_EFFICIENT)
+            os.environ.pop(_RAM_EFFICIENT, None)
             if before is not None:
                 os.environ[_RAM_EFFICIENT] = before
 
@@ -130,10 +128,12 @@ def _plan(name, kwargs) -> tuple[Path | None, dict] | None:
     if kind != "nf4":
         return whole(f"its 4-bit type is {kind!r}, and only 'nf4' is read in parts")
     settings = {}
-    for key, value in given.items():
-        if key in _UNDERSTOOD | _FOLDER | _INDIFFERENT:
+    for key, value in kwargs.items():  # not `given`: use_cache=False is a setting
+        if key in _UNDERSTOOD | _FOLDER | _INDIFFERENT or value is None:
             continue
         if not hasattr(config, key):
+            if value is False:
+                continue
             return whole(f"from_pretrained got {key}=, which reading in parts does not know")
         settings[key] = value
     if isinstance(given.get("device_map"), dict) and len(set(map(str, given["device_map"].values()))) > 1:

@@ -112,6 +112,7 @@ def shard(
     _prefetch(layers)
     _keep_resident(model, layers, residency)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
+    model._unsloth_ext_offloads = cpu_offload
     _initialise(model)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by

@@ -16,7 +16,7 @@ import os
 import sys
 from dataclasses import dataclass, fields, replace
 
-from ..errors import UsageError
+from ..errors import UnslothExtError, UsageError
 
 __all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "settings", "unsloth_shards",
            "world_size"]  # fmt: skip
@@ -104,7 +104,7 @@ def enable(**changes) -> Settings:
     """Shard 4-bit LoRA models that a Trainer gets from now on, and read them in parts. Before the model is loaded.
 
     changes: of `Settings`. Has no effect in a single process, other than a line that says so. Raises UsageError for an unknown
-    setting or a wrong value.
+    setting or a wrong value, UnslothExtError where transformers is one that cannot be changed so.
     """
     import unsloth_ext
 
@@ -114,6 +114,10 @@ def enable(**changes) -> Settings:
         raise UsageError(f"enable() has no setting {', '.join(unknown)}", f"There are: {known}.")
     _enabled = replace(requested() or Settings(), **changes)
     unsloth_ext.enable(*PATCHES)
+    for row in unsloth_ext.status():
+        if row.id in PATCHES and row.state in ("failed", "skipped"):
+            disable()
+            raise UnslothExtError(f"the Trainer cannot be made to shard: {row.id} {row.state}: {row.reason}")
     return _enabled
 
 

@@ -51,12 +51,14 @@ class Team:
         return found
 
     def agree(self, error: BaseException | None = None) -> None:
-        """Raise on every rank if any rank has an error: its own if all have the same or there is one process, else all of them."""
+        """Raise on every rank if any rank has an error, with the messages of all that have one. One process raises its own."""
         if self.alone:
             if error is not None:
                 raise error
             return
-        found = self.gather(None if error is None else (type(error), str(error) or type(error).__name__))
+        # Kinds of our own only: another's class may be one that no other process can import, and the exchange would break.
+        kind = type(error) if isinstance(error, UnslothExtError) else UnslothExtError
+        found = self.gather(None if error is None else (kind, str(error) or type(error).__name__))
         failed = {rank: pair for rank, pair in enumerate(found) if pair is not None}
         if not failed:
             return
@@ -65,7 +67,6 @@ class Team:
             dict.fromkeys(message for _, message in failed.values()),
         )
         kind = kinds.pop() if len(kinds) == 1 else UnslothExtError
-        kind = kind if issubclass(kind, UnslothExtError) else UnslothExtError
         lines = [f"rank {', '.join(str(r) for r, (_, m) in failed.items() if m == text)}: {text}" for text in messages]
         raise kind(f"{self.what} failed on {len(failed)} of {self.world} ranks; " + "; ".join(lines)) from error
 

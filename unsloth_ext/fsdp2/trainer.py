@@ -70,14 +70,14 @@ def shard_for_trainer(model, arguments=None, *, optimizers=(None, None), model_i
         )
     if not isinstance(model, nn.Module) or _somebody_else(model):
         return model
-    settings = trainer_config.from_arguments(arguments, settings) if arguments is not None else settings
-    _refuse(arguments, optimizers)
     if not _four_bit(model) and not hasattr(model, "peft_config"):
         switch.say(
             "this model is neither in 4 bits nor has it adapters; it is left to accelerate (DDP, or FSDP by its own "
             "configuration)."
         )
         return model
+    settings = trainer_config.from_arguments(arguments, settings) if arguments is not None else settings
+    _refuse(arguments, optimizers)
     device = getattr(arguments, "device", None)
     precision = settings.mixed_precision and getattr(torch, settings.mixed_precision)
     model = shard(
@@ -216,7 +216,7 @@ def create_optimizer(original):
         optimizer = original(self, *args, **kwargs)
         inner = getattr(optimizer, "optimizer", optimizer)
         if made and is_ours(self.model) and type(inner).__module__.startswith("bitsandbytes"):
-            if switch.settings().cpu_offload:
+            if self.model._unsloth_ext_offloads:
                 raise UsageError(
                     "bitsandbytes' optimizers run on the card, and cpu_offload keeps gradients in host memory",
                     'Choose TrainingArguments(optim="adamw_torch").',

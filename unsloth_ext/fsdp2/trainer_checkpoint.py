@@ -25,7 +25,9 @@ from .processes import position
 from .row_shard import rows_of
 from .stored import Stored, load_plain, parameter_key
 
-__all__ = ["check_complete", "is_one", "open_one"]
+__all__ = ["SHARDED", "check_complete", "is_one", "open_one"]
+
+SHARDED = "sharded_optimizer"  # where a sharded run's Trainer has its checkpoint of this package (trainer_saving.py)
 
 _STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 

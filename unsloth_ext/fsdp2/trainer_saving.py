@@ -29,10 +29,10 @@ from torch import nn
 from ..errors import UsageError
 from . import switch
 from .trainer import is_ours
+from .trainer_checkpoint import SHARDED
 
 __all__ = ["SHARDED", "newest_whole", "why_not_whole"]
 
-SHARDED = "sharded_optimizer"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -101,6 +101,13 @@ def _trains_adapters(model) -> bool:
     return isinstance(model, nn.Module) and hasattr(model, "peft_config")
 
 
+def _adapter_of(model) -> str:
+    """The adapter that is saved beside the checkpoint: "default", or the active one where there is none of that name."""
+    adapters = getattr(model, "peft_config", {"default": None})
+    active = () if "default" in adapters else model.active_adapters
+    return next(iter(active() if callable(active) else active), "default")
+
+
 def _reads(self, checkpoint) -> bool:
     """A sharded model reads every checkpoint with this package; a whole one only what a sharded run wrote."""
     return is_ours(self.model) or (_trains_adapters(self.model) and os.path.isdir(os.path.join(checkpoint, SHARDED)))
@@ -119,7 +126,7 @@ def save_model(original):
         from .adapter_state import save_adapter
 
         output_dir = output_dir or self.args.output_dir
-        save_adapter(self.model, output_dir)
+        save_adapter(self.model, output_dir, adapter_name=_adapter_of(self.model))
         if self.args.should_save:
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
@@ -144,7 +151,10 @@ def save_optimizer_and_scheduler(original):
         from .checkpointing import save_checkpoint
 
         extra = {"global_step": self.state.global_step}
-        save_checkpoint(os.path.join(output_dir, SHARDED), self.model, self.optimizer, self.lr_scheduler, extra=extra)
+        save_checkpoint(
+            os.path.join(output_dir, SHARDED), self.model, self.optimizer, self.lr_scheduler,
+            extra=extra, adapter_name=None,
+        )  # fmt: skip  # the adapter lies beside it already
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
             Path(output_dir, "optimizer.pt").unlink(missing_ok=True)
@@ -159,7 +169,7 @@ def load_from_checkpoint(original):
             return original(self, resume_from_checkpoint, model)
         from .checkpointing import load_checkpoint
 
-        load_checkpoint(_source(resume_from_checkpoint), self.model)
+        load_checkpoint(_source(resume_from_checkpoint), self.model, adapter_name=_adapter_of(self.model))
 
     return wrapped
 
@@ -175,7 +185,7 @@ def load_optimizer_and_scheduler(original):
             return None
         from .checkpointing import load_checkpoint
 
-        load_checkpoint(source, self.model, self.optimizer, self.lr_scheduler)
+        load_checkpoint(source, self.model, self.optimizer, self.lr_scheduler, adapter_name=_adapter_of(self.model))
 
     return wrapped
 
@@ -188,6 +198,6 @@ def load_best_model(original):
             return original(self, *args, **kwargs)
         from .checkpointing import load_checkpoint
 
-        load_checkpoint(_source(best), self.model)
+        load_checkpoint(_source(best), self.model, adapter_name=_adapter_of(self.model))
 
     return wrapped

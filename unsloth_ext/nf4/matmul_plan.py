@@ -87,8 +87,8 @@ def _first_use(variant, packed, state: NF4State, offset) -> bool:
     if torch.cuda.is_current_stream_capturing():
         return False  # cannot wait for a result here: a later call outside the capture will
     with _lock:
-        if variant in _ready:
-            return True
+        if variant in _ready or variant in _given_up:  # another thread was quicker
+            return variant in _ready
         index, dtype, k = variant.device_index, variant.dtype, variant.columns
         n = min(state.shape[0], _PIECE)
         blocks = -(-n * k // state.blocksize)

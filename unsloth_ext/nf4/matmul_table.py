@@ -69,17 +69,18 @@ def _many(rows: int, n: int, k: int, blocksize: int) -> Many | None:
     return shape._replace(split=split, scale_sums=blocksize >= 64)
 
 
-# Compute capability -> (a part of the card's name, where it was measured). Elsewhere `linear` dequantises.
+# Compute capability -> (a part of the card's name, what measures it). Elsewhere `linear` dequantises. The choices above come from
+# earlier versions of the kernels; the present ones have not been measured.
 CARDS = {(9, 0): ("H200", "bench_nf4_matmul.py")}
 MOST_ROWS = 256  # of x that any variant takes
 
 
 @functools.cache
 def enabled(device_index: int) -> bool:
-    """Are the kernels to be used on a card? Where they were measured to be faster; UNSLOTH_EXT_NF4_MATMUL=all says everywhere from
-    Ampere on, 0 nowhere. Read once for each card."""
+    """Are the kernels to be used on a card? On those of CARDS; UNSLOTH_EXT_NF4_MATMUL=all says everywhere from
+    Ampere on, 0 (no, off, false) nowhere. Read once for each card."""
     wanted = os.environ.get("UNSLOTH_EXT_NF4_MATMUL", "").strip().lower()
-    if torch.version.hip is not None or wanted == "0" or capability(device_index) < (8, 0):
+    if torch.version.hip is not None or wanted in ("0", "no", "off", "false") or capability(device_index) < (8, 0):
         return False
     part, _ = CARDS.get(capability(device_index), ("", ""))
     return wanted == "all" or (bool(part) and part in torch.cuda.get_device_name(device_index))

@@ -122,7 +122,8 @@ class Registry:
             chosen = [record for record in self._select(names) if record.state in ("disabled", "failed", "skipped")]
             for record in [r for r in chosen if r.patch.is_switched_off and r.patch.id not in names]:
                 chosen.remove(record)
-                record.reason = _until(record.patch)
+                if record.state == "disabled":  # why it failed or was skipped is worth more
+                    record.reason = _until(record.patch)
             for record in chosen:
                 record.state, record.reason = "pending", ""
             modules = {target.module for record in chosen for target in record.patch.targets}

@@ -83,6 +83,7 @@ def why_ranks_ended(log: str, code: int) -> str:
         hint = ": often the kernel, when memory runs out" if name == "SIGKILL" else ""
         return f"rank {rank} was killed by {name}{hint}; the other ranks were ended. See {LOG}"
     said = re.findall(
-        r"^(?:\[rank\d+\]:\s*)?(?:unsloth-ext: |[\w.]*(?:Error|Exception|Refused): )(.+)$", log, re.MULTILINE
+        r"^(?:\[rank(\d+)\]:\s*)?(?:unsloth-ext: |[\w.]*(?:Error|Exception|Refused): )(.+)$", log, re.MULTILINE
     )
-    return f"rank {rank} ended with exit code {status}{': ' + said[0] if said else ''}; see {LOG}"
+    said.sort(key=lambda pair: pair[0] != str(rank))  # another's words may only be what came of it
+    return f"rank {rank} ended with exit code {status}{': ' + said[0][1] if said else ''}; see {LOG}"

@@ -37,6 +37,16 @@ def small_lora():
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
+def test_train_then_generate(one_rank):
+    ids = torch.arange(5)[None]
+    words = dict(input_ids = ids, max_new_tokens = 4, do_sample = False)
+    expected = small_lora().generate(**words)
+    config = fsdp2_native.FSDP2Config(device = "cpu", fit_layout = False)
+    model = fsdp2_native.shard_model(small_lora(), config)
+    model(input_ids = ids, labels = ids).loss.backward()
+    assert torch.equal(model.generate(**words), expected)
+
+
 @pytest.mark.parametrize("inner", [False, True], ids = ["outermost", "base model"])
 def test_generate_then_train(one_rank, inner):
     ids = torch.arange(5)[None]

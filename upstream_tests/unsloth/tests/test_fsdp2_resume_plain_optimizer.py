@@ -83,6 +83,19 @@ def test_resume_goes_on_as_one_gpu_would(one_rank, tmp_path, decay):
             torch.testing.assert_close(whole[name], param.detach())
 
 
+def test_its_own_optimizer_goes_on(one_rank, tmp_path):
+    first, second = native(small_lora()), native(small_lora())
+    ones, twos = adamw(first), adamw(second)
+    step(first, ones, 0)
+    fsdp2_native.native_save_optimizer(first, ones, str(tmp_path / "optimizer.pt"))
+    second.load_state_dict(first.state_dict())
+    fsdp2_native.native_load_optimizer(second, twos, str(tmp_path / "optimizer.pt"))
+    for model, optimizer in ((first, ones), (second, twos)):
+        step(model, optimizer, 1)
+    for a, b in zip(first.parameters(), second.parameters()):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
 def test_another_model_s_optimizer_is_refused(one_rank, tmp_path):
     other = small_lora(rank = 4)
     optimizer = adamw(other)
