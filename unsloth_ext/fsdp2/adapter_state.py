@@ -7,7 +7,6 @@ time, and streamed by rank 0.
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from .atomic_folder import begin, commit, discard, flush, partial
+from .atomic_folder import begin, discard, flush, move_in, partial
 from .nf4_parameter import NF4Shard
 from .team import Team
 from .weight_stream import Planned, WeightStream
@@ -150,18 +149,8 @@ def save_adapter(
     team.on_first_only(begin, folder)
     try:
         write_adapter(team, model, partial(folder), adapter_name, save_embedding_layers)
-        team.on_first_only(_move_in, folder)
+        team.on_first_only(move_in, folder, ADAPTER_WEIGHTS)
     except BaseException:
         if team.first:
             discard(folder)
         raise
-
-
-def _move_in(folder: Path) -> None:
-    if not folder.is_dir():
-        commit(folder)
-        return
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        os.replace(partial(folder) / file, folder / file)
-    flush(folder)
-    discard(folder)

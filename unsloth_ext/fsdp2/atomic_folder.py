@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import UnslothExtError, UsageError
 
-__all__ = ["MANIFEST", "Damaged", "begin", "commit", "discard", "flush", "hashes", "read_manifest", "verify"]
+__all__ = ["MANIFEST", "Damaged", "begin", "commit", "discard", "flush", "hashes", "move_in", "read_manifest", "verify"]
 
 MANIFEST = "manifest.json"
 FORMAT = "unsloth_ext checkpoint"
@@ -48,6 +48,17 @@ def begin(folder: Path) -> Path:
 
 def discard(folder: Path) -> None:
     shutil.rmtree(partial(folder), ignore_errors=True)
+
+
+def move_in(folder: Path, last: str) -> None:
+    """What was written after `begin`, into its place: as the whole folder, or file by file, `last` last, into one that is there."""
+    if not folder.is_dir():
+        commit(folder)
+        return
+    for path in sorted(partial(folder).iterdir(), key=lambda path: path.name == last):
+        os.replace(path, folder / path.name)
+    flush(folder)
+    discard(folder)
 
 
 def flush(path: Path) -> None:

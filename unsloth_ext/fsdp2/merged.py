@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from torch import nn
 
 from ..errors import Refused, UnslothExtError, UsageError
 from .adapter_state import write_stream
-from .atomic_folder import begin, commit, discard, flush, partial
+from .atomic_folder import begin, discard, flush, move_in, partial
 from .nf4_parameter import NF4Shard
 from .team import Team
 from .weight_stream import Planned, WeightStream, parse_size
@@ -99,21 +98,11 @@ def _save(model, folder, what, kind: Callable, max_shard_size, tokenizer, timeou
         stream = team.on_first_only(WeightStream, partial(folder), "model", planned, size, {"format": "pt"})
         write_stream(team, stream, tensors)
         team.on_first_only(_write_rest, model, partial(folder), config, tokenizer)
-        team.on_first_only(_move_in, folder)
+        team.on_first_only(move_in, folder, "config.json")
     except BaseException:
         if team.first:
             discard(folder)
         raise
-
-
-def _move_in(folder: Path) -> None:
-    if not folder.is_dir():
-        commit(folder)
-        return
-    for path in sorted(partial(folder).iterdir(), key=lambda p: p.name == "config.json"):
-        os.replace(path, folder / path.name)
-    flush(folder)
-    discard(folder)
 
 
 # -- which tensors the model has without its adapters ------------------------------------------------------------------------

@@ -20,9 +20,7 @@ new stages, which costs milliseconds. The loss is that of one process: every mic
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import Refused, UnslothExtError, UsageError
 from . import pipeline_load as loading
+from .atomic_folder import begin, discard, flush, move_in
 from .pipeline_cut import cut_layers, head_in_layers, rank_of_stage, spans
 from .pipeline_schedules import check
 from .pipeline_stage import Stage
@@ -293,7 +292,7 @@ class PipelineModel:
     def save_adapter(self, folder: str | Path) -> Path:
         """Write adapter_model.safetensors and adapter_config.json as peft does, with the adapters of all ranks, on rank 0.
 
-        Both appear complete or not at all. `PeftModel.from_pretrained` loads them on one device, `pipeline(lora=folder)` in a
+        A new folder appears when it is complete. `PeftModel.from_pretrained` loads them on one device, `pipeline(lora=folder)` in a
         pipeline. Raises `UnslothExtError` on every rank if it cannot be written.
         """
         folder, error, everyone = Path(folder), None, [None] * dist.get_world_size()
@@ -341,20 +340,19 @@ def _filled(name: str, tensor: torch.Tensor, microbatches: int) -> torch.Tensor:
 
 
 def _write(config, state: dict[str, torch.Tensor], folder: Path) -> None:
-    import shutil
-    import tempfile
-
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    scratch = begin(folder)
     try:
         save_file(state, str(scratch / "adapter_model.safetensors"), metadata={"format": "pt"})
         inference_mode, config.inference_mode = config.inference_mode, True  # as peft writes it
-        with contextlib.ExitStack() as stack:
-            stack.callback(setattr, config, "inference_mode", inference_mode)
+        try:
             config.save_pretrained(str(scratch))
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            os.replace(scratch / file, folder / file)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            config.inference_mode = inference_mode
+        for file in scratch.iterdir():
+            flush(file)
+        move_in(folder, "adapter_model.safetensors")
+    except BaseException:
+        discard(folder)
+        raise

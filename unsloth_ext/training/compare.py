@@ -9,24 +9,18 @@ The verdict is arithmetic on the records alone (`judge`): it can be repeated fro
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from . import embedded
+from .follow import LOG, follow
 from .job import make_folder
 from .options import EMBEDDED_MODELS, Options
-from .progress import Display
 from .recorder import read_steps
 from .summary import outcome, summarize
 
 SIDES = ("pristine", "patched")
-LOG = "log.txt"
 LOG_LINES = 30  # of a crashed side, kept in the report
-POLL_SECONDS = 0.25
-STOP_SECONDS = 10  # for a side to end after SIGTERM
 
 
 def run_sides(options: Options, folder: Path, resume: bool) -> list[dict]:
@@ -52,42 +46,10 @@ def run_side(side: str, options: Options, folder: Path, resume: bool) -> int:
         environment[name] = str(folder.resolve() / "compiled" / cache)
     command = [sys.executable, "-m", "unsloth_ext", "train", f"--side={side}", f"--output={folder}", *options.argv()]
     command += ["--resume"] if resume else []
-    with (folder / LOG).open("a", encoding="utf-8") as log, Display(f"{side:<8}", options.steps, "peak") as display:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        # SIGTERM would end this process without unwinding it, and leave the side running.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            shown = len(read_steps(folder / "steps.jsonl")) if resume else 0
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                shown = show_new(folder, shown, display)
-            show_new(folder, shown, display)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            stop(process)
-        if process.returncode:
-            display.say(f"{side} ended with exit code {process.returncode}; see {folder / LOG}")
-    return process.returncode
-
-
-def show_new(folder: Path, shown: int, display: Display) -> int:
-    records = read_steps(folder / "steps.jsonl")
-    for record in records[shown:]:
-        display.show(record)
-    return max(shown, len(records))
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End the side and whatever it started: it leads a process group of its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            try:
-                os.killpg(process.pid, number)
-                process.wait(STOP_SECONDS)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+    code = follow(command, environment, folder, f"{side:<8}", options.steps, resume)
+    if code:
+        print(f"{side} ended with exit code {code}; see {folder / LOG}", file=sys.stderr)
+    return code
 
 
 def load_side(folder: Path) -> dict | None:

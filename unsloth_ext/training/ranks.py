@@ -8,18 +8,16 @@ as they appear, and a rank that was killed is named.
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from ..errors import UsageError
 from . import embedded
-from .compare import LOG, LOG_LINES, POLL_SECONDS, load_side, show_new, stop
+from .compare import LOG_LINES, load_side
+from .follow import LOG, follow
 from .job import REQUEST, prepare_folder
 from .options import EMBEDDED_MODELS, Options
-from .progress import Display
-from .recorder import read_steps, write_json
+from .recorder import write_json
 
 __all__ = ["run_ranks", "why_ranks_ended"]
 
@@ -45,26 +43,13 @@ def run_ranks(options: Options, folder: Path, nproc: int, resume: bool) -> dict:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     if environment.get("UNSLOTH_EXT_FSDP2", "").strip().lower() in ("", "0", "false", "no", "off"):
         environment["UNSLOTH_EXT_FSDP2"] = "1"
-    log_path = folder / LOG
-    with log_path.open("a", encoding="utf-8") as log, Display(f"{nproc} ranks", options.steps, "peak") as display:
-        begin = log.tell()
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            shown = len(read_steps(folder / "steps.jsonl")) if resume else 0
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                shown = show_new(folder, shown, display)
-            show_new(folder, shown, display)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            stop(process)
+    log = folder / LOG
+    begin = log.stat().st_size if log.exists() else 0
+    code = follow(command, environment, folder, f"{nproc} ranks", options.steps, resume)
     run = load_side(folder)
-    if process.returncode and run["status"] != "interrupted":
-        said = log_path.read_text(encoding="utf-8", errors="replace")[begin:]
-        run |= {"status": "failed", "error": why_ranks_ended(said, process.returncode), "side": "train"}
+    if code and run["status"] != "interrupted":
+        said = log.read_bytes()[begin:].decode(errors="replace")
+        run |= {"status": "failed", "error": why_ranks_ended(said, code), "side": "train"}
         run["log_tail"] = said.splitlines()[-LOG_LINES:]
         write_json(folder / "run.json", run)
     return run
