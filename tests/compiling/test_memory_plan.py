@@ -220,6 +220,7 @@ def test_too_small_a_budget_names_the_least_and_that_one_works():
     assert "layer" in str(budget) or "gate_up" in str(budget)
 
 
+@pytest.mark.extended  # for a quiet machine: on a busy one the probe may find recomputing as quick as keeping, and plan that
 def test_a_longer_batch_is_planned_anew(monkeypatch):
     monkeypatch.setattr(recompute, "SMALL", 512)
     model = model_of(layers=4)
