@@ -74,8 +74,8 @@ def gradients(loss, *tensors):
 
 def close(found, expected, dtype):
     """In half precision a logit of up to 8 is rounded by up to 8 half units, a third of that in the mean square, and exp makes it
-    a relative error; its gradient and the result are rounded too. The worst of 72,000 comparisons was 2 half units: 4 are allowed."""
-    limit = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps / 2
+    a relative error; its gradient and the result are rounded too. The worst of 72,000 comparisons was 0.008."""
+    limit = {torch.float32: 1e-5, torch.float16: 0.002, torch.bfloat16: 0.01}[dtype]
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         error, size = (a.double() - b.double()).norm(), b.double().norm().clamp(min=1e-3)

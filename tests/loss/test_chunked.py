@@ -357,9 +357,13 @@ def test_half_precision_is_as_near_to_fp64_as_full_logits_are(dtype):
             chunked_loss(sum_and_weight, hidden, weight, labels, chunk_size=size), [hidden, weight]
         )
         errors = [distance(a, b) for a, b in zip(mine, truth, strict=True)]
-        # Both round three times (logits, their gradient, the result): 1.14 +- 0.04 times as much over draws. A sum over chunks
-        # that was rounded after each of them would be several times as much.
-        assert all(error <= 1.5 * most for error, most in zip(errors, allowed, strict=True)), (size, errors, allowed)
+        # Ours are rounded once more, by the division behind the sum: 1.14 times as much (at most 1.225 in 16 draws), as many
+        # chunks as there may be. A sum over chunks that was rounded after each of them would be several times as much.
+        assert all(error <= 1.25 * most + 1e-4 for error, most in zip(errors, allowed, strict=True)), (
+            size,
+            errors,
+            allowed,
+        )
 
 
 def distance(a, b):

@@ -87,20 +87,20 @@ def test_shift_is_the_causal_shift():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_half_precision_rounds_once(dtype, memory):
-    """A mean over 444 rows: 1 / 444 is no power of two, and must not be rounded before the gradients are.
+    """A mean over 889 rows: 1 / 889 is no power of two, and must not be rounded before the gradients are.
 
     Measured against what one rounding of the exact gradients costs. In bf16 dz is rounded too, which makes it 1.15 times as
-    much (1.12 to 1.18 in 500 draws); a rounded 1 / 444 would make it 2.1 times. fp16 gradients are stored before they are
+    much (1.12 to 1.18 in 500 draws); a rounded 1 / 889 might make it 2.1 times. fp16 gradients are stored before they are
     scaled, so the square root of three roundings is to be expected.
     """
-    hidden, weight, labels, _ = inputs(rows=555, hidden_size=64, vocab_size=900, dtype=dtype, bias=False)
+    hidden, weight, labels, _ = inputs(rows=1111, hidden_size=64, vocab_size=900, dtype=dtype, bias=False)
     reference = in_fp64(hidden, weight)
     expected = torch.autograd.grad(oracle(*reference, labels, None), reference)
-    times = 1.35 if dtype == torch.bfloat16 else 2.0
+    times, limit = (1.35, 0.0020) if dtype == torch.bfloat16 else (2.0, 0.0006)
     for logits_dtype in (None, torch.float32):
         loss = linear_cross_entropy(hidden, weight, labels, memory=memory, logits_dtype=logits_dtype)
         for found, true in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
-            assert found.dtype == dtype and error(found, true) < times * error(true.to(dtype), true)
+            assert found.dtype == dtype and error(found, true) < min(limit, times * error(true.to(dtype), true))
 
 
 def test_fp16_gradients_survive_a_small_mean():
@@ -353,8 +353,8 @@ for dtype, spread, settings in [(torch.float32, 1.0, dict()), (torch.float32, 90
     truth = torch.autograd.grad(value.sum(), ref)
     options = Options(**({{"softcap": 0.0}} | settings), entropy=True)
     exact = dtype == torch.float32
-    # The interpreter cuts the low half off where it converts to bfloat16: by up to 2**-7 of a number.
-    close = {{torch.float32: 3e-6 * max(1, spread), torch.bfloat16: 2**-7, torch.float16: 1e-3}}[dtype]
+    # The interpreter cuts the low half off where it converts to bfloat16.
+    close = {{torch.float32: 3e-6 * max(1, spread), torch.bfloat16: 4e-3, torch.float16: 1e-3}}[dtype]
     with torch.no_grad():
         for wide in ({{None, torch.float32}} if not exact else {{None}}):
             out = torch.full_like(hidden, float("nan"))

@@ -107,14 +107,15 @@ def peak_of(costs: Costs, levels, static: int, loss: int, limit: int) -> int:
 def best(
     costs: Costs, layers: int, budget: int, *, static: int = 0, loss: int = 0, host_memory: int | None = None
 ) -> Plan:
-    """The fastest plan whose predicted peak is at most `budget` bytes; of equally fast ones the smallest.
+    """The fastest plan whose predicted peak is at most `budget` bytes; of equally fast ones the one that keeps most: a probe that finds
+    recomputing free has only not measured what it costs.
 
     layers: how many there are. static: bytes allocated before the forward. loss: bytes that head and loss take beyond what the
     layers keep. host_memory: bytes of host memory to use at most; None for no bound. Raises BudgetTooSmall with the least one.
     """
     found, least = None, None
     for plan in _mixtures(costs, layers, budget, static, loss, host_memory):
-        if plan.peak <= budget and (found is None or (plan.extra, plan.peak) < (found.extra, found.peak)):
+        if plan.peak <= budget and (found is None or (plan.extra, -plan.peak) < (found.extra, -found.peak)):
             found = plan
         if least is None or plan.peak < least:
             least = plan.peak
@@ -175,7 +176,7 @@ def _mixtures(costs, layers, budget, static, loss, host_memory):
         fits = allowed & (peak <= budget)
         chosen = {int(np.lexsort((time, np.where(allowed, peak, np.inf)))[0])}
         if fits.any():
-            chosen.add(int(np.lexsort((peak, np.where(fits, time, np.inf)))[0]))
+            chosen.add(int(np.lexsort((-peak, np.where(fits, time, np.inf)))[0]))
         for i in chosen:
             levels = tuple(c.name for c, n in zip(triple, counts[:, i], strict=True) for _ in range(n))
             yield Plan(levels, int(peak[i]), float(time[i]), int(limit[i]), int(bytes_out[i]), static)
