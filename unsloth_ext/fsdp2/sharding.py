@@ -244,10 +244,10 @@ def _initialise(model: nn.Module) -> None:
     (generate of a peft model, say), the next forward of the outermost raises "already been lazily initialized".
     """
     name = "_unsloth_ext_begin"
-    setattr(model, name, lambda: None)
+    setattr(model, name, lambda nothing: None)
     register_fsdp_forward_method(model, name)
     with torch.no_grad():
-        getattr(model, name)()
+        getattr(model, name)(None)  # with no argument at all, FSDP2 fails where it would move the first one to the card
     delattr(model, name)
     model.reshard()
 
