@@ -5,7 +5,7 @@
     python benchmarks/bench_pipeline.py --simulate                                 # no card: bubbles from counts of operations
     python benchmarks/bench_pipeline.py --nproc 2 --tiny --cpu                     # that it runs: a toy model on gloo, no figures
 
-A Llama-shaped NF4 checkpoint of random weights, written layer by layer; LoRA of rank 16 on all seven projections, AdamW, plain
+A Llama-shaped NF4 checkpoint of random weights (four different layers above 8B); LoRA of rank 16 on all seven projections, AdamW, plain
 transformers and peft on all sides, the same tokens in the same global batch. Every side sees one row at a time: a pipeline as a
 microbatch, the others by accumulation, so that activations are alike. Pipelines also time F, I and W of each of their stages alone
 (forward; gradient of the input; the whole backward less I) and hand them to the simulator: what the step should take, and what
@@ -13,14 +13,16 @@ another schedule would make of the same stages. Figures are of the rank with the
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import launch
 
 PIPELINES = {
     "1f1b": "pipeline, 1F1B",
@@ -31,73 +33,6 @@ PIPELINES = {
 SIDES = {"ddp": "DDP", "fsdp2": "unsloth_ext's FSDP2, loaded in slices", **PIPELINES}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-
-
-# -- a checkpoint that no machine has to hold --------------------------------------------------------------------------------
-
-
-def shape_of(args):
-    """A transformers config of the architecture, or of a toy."""
-    from checkpoints import _LLAMA_3, ARCHITECTURES
-    from transformers import LlamaConfig
-
-    if args.tiny:
-        return LlamaConfig(
-            vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=args.layers or 8,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-        )  # fmt: skip
-    changes = {"num_hidden_layers": args.layers} if args.layers else {}
-    return LlamaConfig(**(_LLAMA_3 | ARCHITECTURES[args.architecture] | changes))
-
-
-def write_checkpoint(config, folder: Path, device: str, dtype) -> None:
-    """NF4 with double quantisation as bitsandbytes saves it, one file a layer; one weight is on the device at a time."""
-    import torch
-    from bitsandbytes.functional import quantize_4bit
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(3407)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, small = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    linears = {"self_attn.q_proj": (query, hidden), "self_attn.k_proj": (small, hidden), "self_attn.v_proj": (small, hidden),
-               "self_attn.o_proj": (hidden, query), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-               "mlp.down_proj": (hidden, inner)}  # fmt: skip
-    where = {}
-
-    def random(*shape):
-        return torch.randn(shape, device=device, dtype=dtype) * 0.02
-
-    def save(tensors, file):
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(folder / file))
-        where.update(dict.fromkeys(tensors, file))
-
-    for layer in range(config.num_hidden_layers):
-        tensors = {}
-        for name, shape in linears.items():
-            packed, state = quantize_4bit(random(*shape), compress_statistics=True, quant_type="nf4")
-            weight = f"model.layers.{layer}.{name}.weight"
-            tensors[weight] = packed
-            tensors |= {f"{weight}.{part}": t for part, t in state.as_dict(packed=True).items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden, dtype=dtype)
-        save(tensors, f"model-layer-{layer:03}.safetensors")
-    ends = {
-        "model.embed_tokens.weight": random(config.vocab_size, hidden),
-        "model.norm.weight": torch.ones(hidden, dtype=dtype),
-    }
-    if not config.tie_word_embeddings:
-        ends["lm_head.weight"] = random(config.vocab_size, hidden)
-    save(ends, "model-ends.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    config.dtype = dtype
-    config.architectures = ["LlamaForCausalLM"]
-    config.quantization_config = {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
-    config.save_pretrained(folder)
 
 
 # -- one side, in each rank --------------------------------------------------------------------------------------------------
@@ -287,12 +222,11 @@ def counted(config, ranks, stages_per_rank, v_shaped, length, checkpointing):
 
 def simulate_all(args, record) -> None:
     """Bubbles with every linear at the same speed, messages free. Zero bubble's gain is an upper bound: its split costs nothing here."""
-    from checkpoints import _LLAMA_3, ARCHITECTURES
-    from transformers import LlamaConfig
+    from checkpoints import config_of
 
     rows = []
     for architecture, ranks in (("llama-3.1-8b", 2), ("llama-3.1-8b", 4), ("llama-3.1-70b", 4), ("llama-3.1-70b", 8)):
-        config = LlamaConfig(**(_LLAMA_3 | ARCHITECTURES[architecture]))
+        config = config_of(architecture)
         for microbatches in (ranks, 8, 16):
             if any(
                 r["architecture"] == architecture and (r["ranks"], r["microbatches"]) == (ranks, microbatches)
@@ -338,35 +272,12 @@ def simulate_all(args, record) -> None:
 
 def run_side(side, args, folder: Path) -> dict | str:
     """The row of one side, or why there is none."""
-    row = folder / f"{side}.json"
-    row.unlink(missing_ok=True)
-    options = ["steps", "warmup", "batch", "length", "vocabulary", "stages_per_rank"]
-    worker = [str(Path(__file__)), "--worker", side, "--row", str(row), "--checkpoint", args.checkpoint]
-    worker += [text for name in options for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    worker = ["--worker", side, "--checkpoint", args.checkpoint]
+    for name in ("steps", "warmup", "batch", "length", "vocabulary", "stages_per_rank"):
+        worker += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     worker += [flag for flag, on in (("--checkpointing", args.checkpointing), ("--cpu", args.cpu)) if on]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(args.nproc),
-        *worker,
-    ]
-    environment = dict(os.environ)
-    if args.cpu:
-        environment |= {"GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME", "lo"), "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=args.limit)
-    except subprocess.TimeoutExpired:
-        return f"no end after {args.limit} s"
-    if done.returncode or not row.exists():
-        text = (done.stdout + done.stderr).strip()
-        if log := os.environ.get("UNSLOTH_EXT_BENCH_DATA"):
-            Path(log, f"pipeline_{side}.log").write_text(text)
-        lines = [line for line in text.splitlines() if "Error" in line and "ChildFailed" not in line]
-        return (lines or text.splitlines() or ["no output"])[0][-300:]
-    return json.loads(row.read_text())
+    row = folder / f"{side}-{os.getpid()}.json"
+    return launch.run(str(Path(__file__)), worker, row, args.nproc, args.limit, cpu=args.cpu, log=f"pipeline_{side}")
 
 
 def summary(row: dict, args, record) -> dict:
@@ -413,8 +324,8 @@ def claims(rows: dict[str, dict], args, record) -> list[dict]:
     claim("tokens_vs_fsdp2", "interleaved-1f1b", "fsdp2", ">= 0.8", "our FSDP2 in the same run")
     claim("tokens_vs_ddp", "interleaved-1f1b", "ddp", ">= 0.75", "DDP in the same run")
     if len(rows) > 1:
-        losses = [row["losses"] for row in rows.values()]
-        worst = max(max(step) - min(step) for step in zip(*losses, strict=True))
+        runs = [row["losses"] for row in rows.values()]
+        worst = max(launch.apart(a, b) for a, b in itertools.combinations(runs, 2))
         found.append(record.claim(f"{case}.loss_difference", round(worst, 6), "", "<= 0.01", "all sides, same tokens"))
     return found
 
@@ -424,6 +335,9 @@ def parse():
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
     parser.add_argument("--architecture", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="keep only so many layers")
+    parser.add_argument(
+        "--distinct", type=int, help="so many different layers, then the same again (all of 8B, else 4)"
+    )
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here, and use one that is there")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--batch", type=int, default=8, help="sequences in the global batch, one a microbatch")
@@ -453,6 +367,7 @@ def main() -> int:
     if args.simulate:
         simulate_all(args, record)
         return 0
+    import checkpoints
     import torch
 
     if args.batch % args.nproc:
@@ -466,18 +381,25 @@ def main() -> int:
         return 0
     if args.tiny:
         args.length, args.vocabulary = min(args.length, 32), 512
+    args.record = args.record or f"pipeline_{args.architecture.split('-')[-1]}_x{args.nproc}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         checkpoint = folder / "nf4"
         args.checkpoint = str(checkpoint)
         if not (checkpoint / "config.json").exists():
             dtype = torch.float32 if args.cpu else torch.bfloat16
-            write_checkpoint(shape_of(args), checkpoint, "cpu" if args.cpu else "cuda:0", dtype)
+            config = checkpoints.config_of(
+                "toy" if args.tiny else args.architecture, args.layers or (8 if args.tiny else None)
+            )
+            distinct = args.distinct or (None if args.tiny or args.architecture == "llama-3.1-8b" else 4)
+            checkpoints.build_nf4(config, checkpoint, dtype=dtype, distinct=distinct)
             if not args.cpu:
                 torch.cuda.empty_cache()
         rows, failures = {}, {}
         for side in args.sides:
-            result = run_side(side, args, folder)
+            start = time.perf_counter()
+            result = run_side(side, args, Path(scratch))
+            print(f"{SIDES[side]}: {time.perf_counter() - start:.0f} s", flush=True)
             if isinstance(result, str):
                 failures[side] = result
                 print(f"{SIDES[side]}: no figures: {result}", flush=True)
@@ -485,12 +407,12 @@ def main() -> int:
             rows[side] = summary(result, args, record)
             shown = {k: v for k, v in rows[side].items() if k not in ("losses", "name", "side")}
             print(f"{SIDES[side]}: {shown} loss {rows[side]['losses'][0]} -> {rows[side]['losses'][-1]}", flush=True)
-    made = claims(rows, args, record)
+            if (
+                not args.tiny and not args.layers
+            ):  # the rows of sides that are done stay if a later one takes all else down
+                record.write(args.record, [*rows.values()], claims(rows, args, record))
     if args.tiny or args.layers:
-        print([claim for claim in made if claim["id"].endswith("loss_difference")])
-    else:
-        name = args.record or f"pipeline_{args.architecture.split('-')[-1]}_x{args.nproc}"
-        record.write(name, [*rows.values()], made)
+        print([claim for claim in claims(rows, args, record) if claim["id"].endswith("loss_difference")])
     return 1 if failures else 0
 
 

@@ -68,7 +68,7 @@ def _run(folder, name, kind, half, cards, **environment):
         pytest.skip("needs Unsloth")
     (folder / "script.py").write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cards}"] if cards > 1 else []
-    visible = {} if cards > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
+    visible = {} if cards > 1 else {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     words = [
         sys.executable,
         *launcher,

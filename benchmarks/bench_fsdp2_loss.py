@@ -1,0 +1,194 @@
+"""Does a sharded run learn what one card learns? trl's SFTTrainer and DPOTrainer on one card, and on several with UNSLOTH_EXT_FSDP2=1.
+
+    python benchmarks/bench_fsdp2_loss.py --nproc 2 --tokenizer FOLDER
+    python benchmarks/bench_fsdp2_loss.py --nproc 2 --tiny --cpu       # a toy model on gloo
+
+A Llama-3.2-1B-shaped NF4 checkpoint with random weights, plain transformers, peft and trl, LoRA of rank 16, 20 steps of four rows of
+the standard library's sources. A row is a micro-batch everywhere, so that its forward has the same shapes on one card and on
+several. Adapters are kept in float32: trl would turn those of a 4-bit model to bfloat16, whose rounding hides what is compared here.
+"""
+
+import argparse
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = ("sft", "dpo")
+ROWS = 4  # a step
+
+
+def pieces(count: int, characters: int) -> list[str]:
+    """Text of the standard library's sources, cut into pieces."""
+    found: list[str] = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        found += [text[at : at + characters] for at in range(0, len(text) - characters, characters)]
+        if len(found) >= count:
+            return found[:count]
+    raise SystemExit(f"bench_fsdp2_loss: the sources have {len(found)} pieces, {count} are needed")
+
+
+def byte_tokenizer():
+    """256 tokens, for the toy model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<s>", "</s>", "<pad>"])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def train(kind: str, args) -> list[float]:
+    """The losses that the trainer logs, one a step."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.cpu:
+        dtype, tokenizer, place = torch.float32, byte_tokenizer(), "cpu"
+    else:
+        dtype, tokenizer = torch.bfloat16, AutoTokenizer.from_pretrained(args.tokenizer)
+        place = int(os.environ.get("LOCAL_RANK", 0))
+        tokenizer.pad_token = tokenizer.pad_token or "<|finetune_right_pad_id|>"
+    model = AutoModelForCausalLM.from_pretrained(
+        args.checkpoint, dtype=dtype, device_map={"": place}, attn_implementation="sdpa"
+    )
+    torch.manual_seed(3407)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model.get_base_model().is_loaded_in_4bit = False  # see the head of this file
+    if args.cpu:
+        for module in model.modules():
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' evaluation there wants other sizes
+    count, length = args.steps * ROWS, 32 if args.tiny else 512
+    options = dict(
+        output_dir=str(Path(args.row).parent / f"{kind}-{world}"), max_steps=args.steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=ROWS // world, learning_rate=args.learning_rate, logging_steps=1, report_to="none", seed=7,
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=not args.cpu, use_cpu=args.cpu,
+        max_length=length, lr_scheduler_type="linear", optim="adamw_torch",
+    )  # fmt: skip
+    if kind == "sft":
+        rows = Dataset.from_dict({"text": pieces(count, 6 * length)})
+        trainer = SFTTrainer(
+            model=model, args=SFTConfig(**options), train_dataset=rows, processing_class=tokenizer
+        )  # fmt: skip
+    else:
+        texts = pieces(3 * count, length // 3)
+        columns = {"prompt": texts[0::3], "chosen": texts[1::3], "rejected": texts[5::3] + texts[2:3]}
+        trainer = DPOTrainer(
+            model=model, args=DPOConfig(**options), train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
+        )  # fmt: skip
+    trainer.train()
+    if world > 1 and not type(trainer.model).__name__.startswith("FSDP"):
+        raise RuntimeError(f"{kind}: the model was not sharded, but is a {type(trainer.model).__name__}")
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def work(args) -> None:
+    """Runs in each rank; rank 0 writes the row."""
+    import unsloth_ext  # noqa: F401
+
+    losses = train(args.worker, args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(args.row).write_text(json.dumps({"kind": args.worker, "losses": losses}))
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nproc", type=int, default=2, help="ranks that are compared with one card")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with the Llama 3 tokenizer")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--limit", type=int, default=300, help="seconds a run")
+    parser.add_argument("--tiny", action="store_true", help="a toy model")
+    parser.add_argument("--cpu", action="store_true", help="on gloo; with --tiny")
+    for hidden in ("--worker", "--row", "--checkpoint"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.worker:
+        work(args)
+        return 0
+    import checkpoints
+    import launch
+    import record
+    import torch
+
+    if ROWS % args.nproc:
+        print(f"bench_fsdp2_loss: --nproc {args.nproc} must divide the {ROWS} rows of a step")
+        return 2
+    if not args.cpu and (torch.cuda.device_count() < args.nproc or args.tokenizer is None):
+        print(f"bench_fsdp2_loss: needs {args.nproc} CUDA cards and --tokenizer, left out")
+        return 0
+    rows, claims = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = checkpoints.config_of("toy" if args.tiny else "llama-3.2-1b")
+        dtype = torch.float32 if args.cpu else torch.bfloat16
+        checkpoints.build_nf4(config, folder / "nf4", args.tokenizer, dtype=dtype)
+        options = [
+            "--checkpoint",
+            str(folder / "nf4"),
+            "--steps",
+            str(args.steps),
+            "--learning-rate",
+            str(args.learning_rate),
+        ]
+        options += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
+        options += [flag for flag, on in (("--tiny", args.tiny), ("--cpu", args.cpu)) if on]
+        for kind in args.kinds:
+            found = {}
+            for ranks in (1, args.nproc):
+                found[ranks] = launch.run(
+                    str(Path(__file__)), ["--worker", kind, *options], folder / f"{kind}-{ranks}.json", ranks, args.limit,
+                    cpu=args.cpu, log=f"fsdp2_loss_{kind}_{ranks}", UNSLOTH_FSDP2=None,
+                    UNSLOTH_EXT_FSDP2="1" if ranks > 1 else None,
+                )  # fmt: skip
+                if isinstance(found[ranks], str):
+                    print(f"{kind} on {ranks}: no figures: {found[ranks]}", flush=True)
+            if any(isinstance(run, str) for run in found.values()):
+                continue
+            one, many = found[1]["losses"], found[args.nproc]["losses"]
+            if len(one) != args.steps or len(many) != args.steps:
+                print(f"{kind}: {len(one)} and {len(many)} losses, not {args.steps}", flush=True)
+                continue
+            worst = launch.apart(one, many)
+            rows.append(
+                {
+                    "kind": kind,
+                    "ranks": args.nproc,
+                    "unit": "nats",
+                    "one card": one,
+                    "sharded": many,
+                    "difference": worst,
+                }
+            )
+            print(f"{kind}: {one[0]} -> {one[-1]}, most apart {worst:.6f}", flush=True)
+            # Of both trainers or of none.
+            if len(rows) == len(KINDS):
+                worst = round(max(row["difference"] for row in rows), 6)
+                said = f"one card, {args.steps} steps of SFT and of DPO by trl's trainers, {args.nproc} ranks"
+                claims = [record.claim("fsdp2.loss_difference", worst, "", "<= 0.001", said)]
+            if not args.tiny:
+                record.write("fsdp2_loss", rows, claims)
+    return 0 if len(rows) == len(args.kinds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
