@@ -291,3 +291,64 @@ def _with_base(rank, world, folder, other, root):
         load_checkpoint(f"{root}/checkpoint-1", shard(models.with_lora(load(other, dtype=torch.float32))))
     except UsageError as error:
         return str(error)
+
+
+def test_the_base_of_a_whole_4bit_model_is_refused_before_anything_is_written(checkpoints, tmp_path):
+    model = models.with_lora(models.whole(checkpoints["nf4"]))
+    with pytest.raises(
+        UsageError, match=r"base=True saves the 4-bit weights of a sharded model, and .*q_proj.* is whole"
+    ):
+        save_checkpoint(tmp_path / "checkpoint-1", model, base=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_base_of_a_16_bit_model_comes_back(tmp_path):
+    model, _ = _made()
+    model[0].weight.requires_grad_(False)
+    save_checkpoint(tmp_path / "checkpoint-1", model, base=True)
+    other, _ = _made(seed=1)
+    other[0].weight.requires_grad_(False)
+    load_checkpoint(tmp_path / "checkpoint-1", other)
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_a_resumed_run_begins_at_the_newest_checkpoint_that_is_whole(run, capsys):
+    from unsloth_ext.training.recorder import COMPLETE, newest_checkpoint
+
+    root, *_ = run
+    assert newest_checkpoint(root) is None
+    for step in (1, 2):
+        (root / f"checkpoint-{step}" / COMPLETE).write_text("{}")
+    assert newest_checkpoint(root) == root / "checkpoint-2"
+    _flip(_some(root / "checkpoint-2" / "tensors"))
+    assert newest_checkpoint(root) == root / "checkpoint-1"
+    assert "passed by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved, made, says", [
+    ("AdamW", "AdamW8bit", "keeps exp_avg, exp_avg_sq of a parameter, AdamW8bit keeps state1, state2"),
+    ("AdamW8bit", "AdamW", "keeps state1, state2 of a parameter, AdamW keeps exp_avg, exp_avg_sq"),
+    ("Momentum", "AdamW", "keeps momentum_buffer of a parameter, AdamW keeps exp_avg"),
+    ("AdamW", "SGD", "keeps exp_avg, exp_avg_sq of a parameter, SGD keeps none"),
+    ("AdamW8bit", "Lion8bit", "keeps state1, state2 of a parameter, Lion8bit keeps state1"),
+])  # fmt: skip
+def test_a_trainers_folder_of_another_optimizer_is_refused_before_anything_changes(tmp_path, saved, made, says):
+    import bitsandbytes as bnb
+    from safetensors.torch import save_file
+
+    kinds = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "AdamW8bit": bnb.optim.AdamW8bit,
+             "Lion8bit": bnb.optim.Lion8bit, "Momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)}  # fmt: skip
+    model, optimizer = _made(kind=kinds[saved])
+    save_file({n: p.detach() for n, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    (tmp_path / "trainer_state.json").write_text("{}")
+    other, its_optimizer = _made(seed=1, kind=kinds[made])
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(UsageError, match=says):
+        load_checkpoint(tmp_path, other, its_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    same, its_optimizer = _made(seed=1, kind=kinds[saved])
+    load_checkpoint(tmp_path, same, its_optimizer)
+    fresh = kinds[saved](same.parameters(), lr=1e-2)
+    load_checkpoint(tmp_path, same, fresh)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))

@@ -248,3 +248,57 @@ def test_peft_wraps_what_was_loaded_and_a_forward_too_soon_says_so(ranks, checkp
         assert len(errors) == 1 and "shard(model)" in errors[0]
         lora = 3 * 6 * ((136 + 136) * 2 + (136 + 68) * 2 + (136 + 370) * 3)
         assert trainable == lora + 211 * 136 and total > trainable
+
+
+def _read_error(rank, world, folder):
+    """Every file is there and whole, and one rank's card, or disk, fails at the last tensor."""
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from unsloth_ext.errors import UnslothExtError
+    from unsloth_ext.fsdp2 import load
+
+    class Broken(LlamaRMSNorm):
+        def __setattr__(self, name, value):
+            raise OSError("input/output error")
+
+    class Model:
+        def from_config(self, config, **options):
+            model = LlamaForCausalLM._from_config(config, **options)
+            if rank == 1:
+                model.model.norm.__class__ = Broken
+            return model
+
+    try:
+        load(folder, model_class=Model(), dtype=torch.float32)
+    except UnslothExtError as error:
+        return str(error)
+
+
+def test_a_rank_that_cannot_read_its_part_is_named_on_all(ranks, checkpoints):
+    for said in ranks(2, _read_error, folder=str(checkpoints["nf4"]), timeout=120):
+        assert "failed on 1 of 2 ranks; rank 1: input/output error" in said
+
+
+def _half_downloaded(rank, world, folders):
+    import contextlib
+    import io
+
+    import fsdp2_trainers as scripts
+    from transformers import AutoModelForCausalLM
+
+    with scripts.torchrun(rank, world), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folders[rank], dtype=torch.float32)
+            return type(model.model.layers[0].self_attn.q_proj.weight).__name__, said.getvalue()
+        except OSError as error:
+            return "OSError", str(error)
+
+
+def test_a_rank_without_the_files_is_waited_for_by_none(ranks, checkpoints, tmp_path):
+    (empty := tmp_path / "empty").mkdir()
+    shutil.copy(checkpoints["nf4"] / "config.json", empty)
+    folders = [str(checkpoints["nf4"]), str(empty)]
+    (kind, said), (its_kind, its_own) = ranks(2, _half_downloaded, folders=folders, timeout=120)
+    assert kind == "Params4bit" and "loaded whole on every rank" in said and "on rank 1 it has no safetensors" in said
+    assert its_kind == "OSError" and "model.safetensors" in its_own  # transformers' own words

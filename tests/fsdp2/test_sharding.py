@@ -1,5 +1,6 @@
 """The whole model under `shard`: the numbers of one process, in every arrangement; what is held; who fails, and how."""
 
+import contextlib
 import math
 
 import fsdp2_models as models
@@ -130,8 +131,9 @@ def test_two_cards_equal_one(cuda_ranks, checkpoints, options):
     torch.testing.assert_close(mean, torch.tensor(answers[0][1]), rtol=0, atol=2e-4)
 
 
-def _accumulated(rank, world, folder, residency):
-    from unsloth_ext.fsdp2 import accumulate, load, shard
+@contextlib.contextmanager
+def _counted_gathers():
+    """Within it a list of the shapes of NF4 weights that are gathered."""
     from unsloth_ext.fsdp2.nf4_parameter import NF4Shard
 
     gathers, original = [], NF4Shard.fsdp_pre_all_gather
@@ -142,6 +144,15 @@ def _accumulated(rank, world, folder, residency):
 
     NF4Shard.fsdp_pre_all_gather = counted
     try:
+        yield gathers
+    finally:
+        NF4Shard.fsdp_pre_all_gather = original
+
+
+def _accumulated(rank, world, folder, residency):
+    from unsloth_ext.fsdp2 import accumulate, load, shard
+
+    with _counted_gathers() as gathers:
         model = shard(models.with_lora(load(folder, dtype=torch.float32)), residency=residency)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=3e-3)
@@ -160,8 +171,27 @@ def _accumulated(rank, world, folder, residency):
             losses.append(total)
             counts.append(len(gathers) - before)
         return losses, counts
-    finally:
-        NF4Shard.fsdp_pre_all_gather = original
+
+
+def _checkpointed(rank, world, folder, reentrant):
+    from unsloth_ext.fsdp2 import load, shard
+
+    model = load(folder, dtype=torch.float32)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model = shard(models.with_lora(model))
+    model.train()
+    with _counted_gathers() as gathers:
+        losses = _train(model, models.batches(3, 2))
+    return losses, len(gathers)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_s_second_forward_gathers_its_own_layer_only(ranks, checkpoints, reentrant):
+    answers = ranks(2, _checkpointed, folder=str(checkpoints["nf4"]), reentrant=reentrant)
+    assert [count for _, count in answers] == [
+        21 * 2 * 3
+    ] * 2  # each layer for the forward and for the backward of each step
 
 
 def test_accumulation_equals_one_large_batch_and_gathers_once(ranks, checkpoints):

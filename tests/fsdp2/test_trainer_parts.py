@@ -357,3 +357,106 @@ def test_a_model_prepared_for_training_as_scripts_do(ranks, checkpoints, cast):
     for loss, dtype, _ in ranks(2, _prepared, folder=str(checkpoints["nf4"]), cast=cast):
         assert dtype == expected[1] == "torch.float32"
         assert loss == pytest.approx(expected[0], abs=1e-4)
+
+
+def test_plain_transformers_hears_that_nothing_shards(python):
+    code = "import transformers.trainer as t; del t.Trainer._load_best_model; import unsloth_ext"
+    done = python(code, UNSLOTH_EXT_FSDP2="1", RANK="0")
+    assert (
+        "UNSLOTH_EXT_FSDP2 is set, but no Trainer shards its model" in done.stderr and "_load_best_model" in done.stderr
+    )
+    assert "loaded whole" not in done.stderr  # that part could be put in
+
+
+@pytest.mark.parametrize(
+    "id, lost", [("fsdp2.trainer", "every rank holds the whole"), ("fsdp2.loading", "loaded whole")]
+)
+def test_a_transformers_that_is_too_old_is_named(monkeypatch, capsys, id, lost):
+    import unsloth_ext
+    from unsloth_ext.patching.registry import choose_target
+
+    patch = next(p for p in unsloth_ext.patches() if p.id == id)
+    monkeypatch.setenv(switch.VARIABLE, "1")
+    monkeypatch.setattr(switch, "_said", set())
+    assert choose_target(patch, "4.53.0")[1].versions == ">=4.53"
+    verdict, target = choose_target(patch, "4.52.4")
+    with pytest.raises(RuntimeError, match=r"transformers 4\.53 or newer is needed"):
+        patch.changes(None, target)
+    assert verdict is None and lost in capsys.readouterr().err
+
+
+def test_float16_on_another_kind_of_card_is_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from unsloth_ext.errors import Refused
+    from unsloth_ext.fsdp2.trainer import _attach
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    accelerator = SimpleNamespace(
+        device=torch.device("xpu", 0), scaler=object(), prepare_model=print, clip_grad_norm_=print
+    )
+    with pytest.raises(Refused, match=r"fp16=True .* knows no xpu device"):
+        _attach(accelerator, lambda: None)
+    accelerator.scaler = None
+    _attach(accelerator, lambda: None)
+    assert accelerator.prepare_model is not print
+
+
+def _with_a_second_adapter(checkpoint):
+    from peft import LoraConfig
+
+    model = scripts.with_adapters(checkpoint)
+    torch.manual_seed(6)
+    model.add_adapter("ref", LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    return model
+
+
+def _saved_with_all(rank, world, checkpoint, folder):
+    from transformers import Trainer, TrainingArguments
+
+    with scripts.torchrun(rank, world):
+        model = _with_a_second_adapter(checkpoint)
+        arguments = TrainingArguments(**scripts.options(folder, world, fsdp="shard_grad_op offload"))
+        trainer = Trainer(model=model, args=arguments)
+        trainer.save_model()
+        reference = trainer.accelerator.prepare_model(scripts.model_of(checkpoint), evaluation_mode=True)
+        return [(m._unsloth_ext_reshards, m._unsloth_ext_offloads) for m in (trainer.model, reference)]
+
+
+def test_all_adapters_are_saved_as_peft_does_and_a_reference_model_is_sharded_as_its_policy(
+    ranks, checkpoints, tmp_path
+):
+    from safetensors.torch import load_file
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    _with_a_second_adapter(str(checkpoints["nf4"])).save_pretrained(one)
+    for settings in ranks(2, _saved_with_all, checkpoint=str(checkpoints["nf4"]), folder=str(two)):
+        assert settings == [(False, True)] * 2
+    for folder in ("", "ref"):
+        expected, found = (load_file(p / folder / "adapter_model.safetensors") for p in (one, two))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+        configs = [json.loads((p / folder / "adapter_config.json").read_text()) for p in (one, two)]
+        assert configs[0]["r"] == configs[1]["r"] == (3 if folder else 6)
+
+
+def test_an_adapter_of_another_name_is_resumed_from_its_own_folder(tmp_path):
+    import peft
+
+    from unsloth_ext.fsdp2 import latest_checkpoint, load_checkpoint
+
+    def made(seed):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+        return peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), lora, adapter_name="policy")
+
+    saved, found = made(1), made(2)
+    folder = tmp_path / "checkpoint-1"
+    saved.save_pretrained(folder)  # what a Trainer does on one card
+    assert (folder / "policy/adapter_model.safetensors").is_file()
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+    (folder / "trainer_state.json").write_text("{}")
+    assert latest_checkpoint(tmp_path) == folder
+    load_checkpoint(folder, found, adapter_name="policy")
+    for (name, a), b in zip(saved.named_parameters(), found.parameters(), strict=True):
+        assert torch.equal(a, b) or not a.requires_grad, name

@@ -15,14 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from .atomic_folder import begin, discard, flush, move_in, partial
+from .complete import ADAPTER_WEIGHTS
 from .nf4_parameter import NF4Shard
 from .team import Team
 from .weight_stream import Planned, WeightStream
 from .whole import plain_names, settle, shape_of, unwrap, whole
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "adapter_names", "save_adapter", "write_adapter"]
+__all__ = ["ADAPTER_CONFIG", "adapter_names", "save_adapter", "write_adapter"]
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def adapter_names(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,16 +42,15 @@ from .atomic_folder import (
     read_manifest,
     verify,
 )  # fmt: skip
+from .complete import TENSORS, first_whole, is_trainers, say, within
 from .held import base_state
-from .nf4_parameter import NF4Shard
 from .stored import Reader, Stored, as_bytes, load_plain, parameter_key
 from .team import Team
-from .trainer_checkpoint import SHARDED
 from .whole import local_of, plain_names, settle, unwrap
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_adapter", "save_checkpoint"]
 
-_TENSORS, _TRAINING = "tensors", "training.pt"
+_TRAINING = "training.pt"
 
 
 def save_checkpoint(
@@ -74,7 +72,7 @@ def save_checkpoint(
     model: from `shard`, from DistributedDataParallel, or whole. optimizer: torch's, bitsandbytes' (`on_local_shards`), or either
         within accelerate's wrapper. scheduler: anything with state_dict and load_state_dict.
     extra: numbers, texts, lists, dicts, tensors; `load_checkpoint` returns rank 0's.
-    base: also the frozen parameters, packed as they are.
+    base: also the frozen parameters, packed as they are. Not of a 4-bit model that is not sharded.
     write: called on every rank with the unfinished folder, to add files of one's own, which the manifest then covers. Names must
         differ between ranks.
     adapter_name: of the adapter that is also written in PEFT's format, if the model has one; None for none.
@@ -92,6 +90,11 @@ def save_checkpoint(
         if not tensors:
             raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to save")
         if base:
+            if whole := _whole_4bit(model):
+                raise UsageError(
+                    f"base=True saves the 4-bit weights of a sharded model, and {whole} is whole",
+                    "Leave base out: the model is read again from where it came from. save_full writes it as a 4-bit model.",
+                )
             tensors |= _base(model)
         facts = None
         if optimizer is not None:
@@ -112,7 +115,7 @@ def save_checkpoint(
     work = partial(folder)
     try:
         team.together(_is_shared, work)
-        _write_tensors(team, work / _TENSORS, tensors)
+        _write_tensors(team, work / TENSORS, tensors)
         if adapter_name in getattr(model, "peft_config", ()):
             write_adapter(team, model, work, adapter_name, "auto")
 
@@ -133,7 +136,7 @@ def save_checkpoint(
                 "sharded": any(local_of(p) is not p for p in model.parameters()),
                 "base": base,
                 "optimizer": None if facts is None else facts["class"],
-                "tensors": f"{_TENSORS}: torch.distributed.checkpoint, keys parameter/, optimizer/, base/",
+                "tensors": f"{TENSORS}: torch.distributed.checkpoint, keys parameter/, optimizer/, base/",
             },
             "torch": torch.__version__,
             "unsloth_ext": __version__,
@@ -203,7 +206,7 @@ def load_checkpoint(
     Raises `UsageError` where the checkpoint does not fit the model or the optimizer, naming the parameter; `Damaged` (an
     `UnslothExtError`) where a file is missing, truncated or changed, naming the file. Nothing has been loaded then.
     """
-    model, folder = unwrap(model), _within(Path(folder))
+    model, folder = unwrap(model), within(Path(folder))
     team = Team(f"loading {folder}", timeout)
     settle(model)
     stored = team.together(_open, team, folder, model, optimizer, adapter_name)
@@ -241,31 +244,22 @@ def load_checkpoint(
         )
     if again:
         notes.append(f"the 8-bit optimizer states of {again} parts were quantised anew for another cut")
+    if _whole_4bit(model) and any(key.startswith("base/") for key in stored.sizes):
+        notes.append(
+            "its base is of a sharded model; this one, in 4 bits and whole, keeps the base that it was loaded with"
+        )
     if notes and team.first:
-        _say(f"{folder}: {'; '.join(notes)}")
+        say(f"{folder}: {'; '.join(notes)}")
     return stored.extra
-
-
-def _within(folder: Path) -> Path:
-    """The checkpoint in a folder of a sharded run's Trainer; any other folder as it is."""
-    return folder / SHARDED if (folder / SHARDED).is_dir() and not (folder / MANIFEST).exists() else folder
-
-
-def _is_trainers(folder: Path) -> bool:
-    return trainer_checkpoint.is_one(folder) and not any((folder / name).exists() for name in (MANIFEST, _TENSORS))
-
-
-def _say(text: str) -> None:
-    print(f"unsloth_ext: {text}", file=sys.stderr)
 
 
 def _open(team: Team, folder: Path, model: nn.Module, optimizer, adapter_name: str) -> Stored:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder")
     if not (folder / MANIFEST).exists():
-        if _is_trainers(folder):
+        if is_trainers(folder):
             return trainer_checkpoint.open_one(folder, team.rank, team.world, model, optimizer, adapter_name)
-        if (folder / _TENSORS).is_dir():
+        if (folder / TENSORS).is_dir():
             read_manifest(folder)  # says that it was not finished
         raise UsageError(
             f"{folder} is no checkpoint: it has no {MANIFEST}, and it is no folder of transformers' Trainer",
@@ -273,10 +267,10 @@ def _open(team: Team, folder: Path, model: nn.Module, optimizer, adapter_name: s
         )
     manifest = read_manifest(folder)
     verify(folder, manifest, team.rank, team.world)
-    for name in (_TRAINING, f"{_TENSORS}/.metadata"):
+    for name in (_TRAINING, f"{TENSORS}/.metadata"):
         if name not in manifest["files"]:
             raise Damaged(f"{folder / MANIFEST} lists no {name}")
-    training, reader = load_plain(folder / _TRAINING), Reader(folder / _TENSORS)
+    training, reader = load_plain(folder / _TRAINING), Reader(folder / TENSORS)
     own = folder / f"rng_state_{team.rank}.pth"
     world = manifest["world_size"]
     same = world == team.world and own.is_file()
@@ -284,6 +278,11 @@ def _open(team: Team, folder: Path, model: nn.Module, optimizer, adapter_name: s
         reader.sizes(), reader.fill, training["optimizer"], training["scheduler"], load_plain(own) if same else None,
         training["extra"], world,
     )  # fmt: skip
+
+
+def _whole_4bit(model: nn.Module) -> str | None:
+    """The name of a 4-bit weight that is not sharded, whose quant state no tensor of a checkpoint would hold."""
+    return next((n for n, p in optimizer_state.named(model) if getattr(p, "quant_state", None) is not None), None)
 
 
 def _base(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -300,12 +299,12 @@ def _parameters(folder: Path, stored: Stored, model: nn.Module) -> dict[str, tor
             one = min(keys).partition("/")[2]
             trained = "that the model trains" if which == "lacks" else "that the model does not train"
             raise UsageError(f"{folder} {which} {len(keys)} parameters {trained}, {one!r} among them", hint)
-    if any(isinstance(local_of(p), NF4Shard) for p in model.parameters()):
+    there = {key for key in stored.sizes if key.startswith("base/")}
+    if there and not _whole_4bit(model):  # such a model keeps the base that it was loaded with
         base = _base(model)
-        there = {key for key in stored.sizes if key.startswith("base/")}
-        if there and (differ := sorted(there ^ set(base))):
+        if differ := sorted(there ^ set(base)):
             raise UsageError(f"the base model in {folder} differs from this one in {differ[0].partition('/')[2]!r}")
-        wanted |= base if there else {}
+        wanted |= base
     for key, tensor in wanted.items():
         if tuple(stored.sizes[key][0]) != tuple(tensor.shape):
             raise UsageError(
@@ -335,13 +334,4 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             except (Damaged, TypeError, ValueError):
                 saved = 0.0
             candidates.append((int(number.group(1)) if number else -1, saved, path.name, path))
-    for *_, path in sorted(candidates, reverse=True):
-        try:
-            if _is_trainers(_within(path)):
-                trainer_checkpoint.check_complete(path)
-            else:
-                verify(_within(path), read_manifest(_within(path)))
-            return path
-        except (Damaged, OSError) as problem:
-            _say(f"passed by: {str(problem).splitlines()[0]}")
-    return None
+    return first_whole(path for *_, path in sorted(candidates, reverse=True))

@@ -150,11 +150,37 @@ def merge(facts: list[dict]) -> dict:
     return {**facts[0], "numbers": numbers, "pieces": pieces}
 
 
+# What optimizers keep of each parameter in its own shape, by torch's and by bitsandbytes' names.
+_MOMENTS = {
+    "exp_avg", "exp_avg_sq", "exp_inf", "exp_avg_diff", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "prev",
+    "state1", "state2",
+}  # fmt: skip
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    """Which of `_MOMENTS` this optimizer keeps, seen on one number of its own; None where that cannot be seen."""
+    if in_pieces(optimizer):
+        from bitsandbytes.optim.optimizer import Optimizer2State
+
+        return {"state1", "state2"} if isinstance(optimizer, Optimizer2State) else {"state1"}
+    if any(optimizer.state.values()):
+        return _MOMENTS.intersection(k for state in optimizer.state.values() for k, v in state.items() if v is not None)
+    number = torch.nn.Parameter(torch.zeros(1))
+    number.grad = torch.zeros(1)
+    try:
+        probe = type(optimizer)([{**_options(optimizer.param_groups[0]), "params": [number]}])
+        probe.step()
+    except Exception:  # it wants other arguments, a card, or a closure
+        return None
+    return _MOMENTS.intersection(key for key, value in probe.state[number].items() if value is not None)
+
+
 def by_name(state_dict: dict, model: nn.Module, optimizer) -> tuple[dict[str, torch.Tensor], dict]:
     """A whole optimizer's `state_dict`, whose parameters are integers, in the form of `describe`.
 
     The integers count the parameters through the groups. Groups are matched in order, empty ones left out. Raises `UsageError`
-    where their sizes differ or a state's shape does not fit the parameter.
+    where their sizes differ, a state's shape does not fit the parameter, or the states are those of another kind of optimizer, whose
+    class such a file does not name.
     """
     optimizer = unwrapped(optimizer)
     try:
@@ -172,7 +198,7 @@ def by_name(state_dict: dict, model: nn.Module, optimizer) -> tuple[dict[str, to
             "Resume with the adapter and the optimizer settings of the saved run.",
         )
     facts = {"class": None, "groups": [], "numbers": {}, "pieces": {}}
-    tensors = {}
+    tensors, known_kind = {}, _moments(optimizer)
     for group, here in zip(saved, mine, strict=True):
         names = group.get("param_names") or [slot.name for slot in here]
         known = {slot.name: slot for slot in here}
@@ -184,6 +210,13 @@ def by_name(state_dict: dict, model: nn.Module, optimizer) -> tuple[dict[str, to
                 raise UsageError(f"the saved optimizer has {name!r}, which is not in this one's group")
             state = {**state, **state.get(_HIDDEN, {})}
             state.pop(_HIDDEN, None)
+            kind = _MOMENTS.intersection(key for key, value in state.items() if value is not None)
+            if known_kind is not None and kind != known_kind:
+                raise UsageError(
+                    f"the saved optimizer keeps {', '.join(sorted(kind)) or 'no moments'} of a parameter, "
+                    f"{type(optimizer).__name__} keeps {', '.join(sorted(known_kind)) or 'none'}",
+                    "Make the optimizer of the saved run (TrainingArguments(optim=...)), or pass optimizer=None to load the weights only.",
+                )
             shape = known[name].parameter.shape
             facts["numbers"][name] = {k: v for k, v in state.items() if _number(v)}
             ending = "@0" if in_pieces(optimizer) else ""

@@ -1,6 +1,6 @@
 """What the fsdp2 room changes at run time.
 
-fsdp2.native_generate and fsdp2.native_resume mend Unsloth's own FSDP2 (native_fixes.py). fsdp2.trainer and fsdp2.loading are out
+fsdp2.native_generate, fsdp2.native_resume and fsdp2.native_resume_alone mend Unsloth's own FSDP2 (native_fixes.py). fsdp2.trainer and fsdp2.loading are out
 until the switch is on (switch.py). They change transformers, not Unsloth, and wrap methods from outside without a copy of their
 text, so they hold for every source that has these methods with these arguments.
 """
@@ -12,6 +12,7 @@ import sys
 from importlib import import_module
 
 from ..patching import Patch, SetAttribute, Target
+from . import switch
 from .switch import VARIABLE
 
 
@@ -48,6 +49,31 @@ def _method(owner, name: str, arguments: tuple[str, ...]):
     return method
 
 
+def _heard(lost: str):
+    """Somebody who set the variable, and runs plain transformers, hears of no status table: one line says what is lost."""
+
+    def decorate(changes):
+        @functools.wraps(changes)
+        def wrapped(module, target):
+            try:
+                if target.versions.startswith("<"):
+                    raise RuntimeError(f"transformers {target.versions.removeprefix('<')} or newer is needed")
+                return changes(module, target)
+            except Exception as error:
+                switch.say_not_in(f"{lost}: {error}")
+                raise
+
+        return wrapped
+
+    return decorate
+
+
+def _wrapped(module: str, attribute: str) -> tuple[Target, ...]:
+    """Where a method of transformers is; of releases that are too old for it too, so that somebody says so."""
+    return tuple(Target(module, attribute, versions, ANY_SOURCE) for versions in (">=4.53", "<4.53"))
+
+
+@_heard("no Trainer shards its model, every rank holds the whole of it")
 def _trainer_changes(module, target):
     # A sharded checkpoint's files are checked and read by names of this package; nothing of them is imported before a save.
     changes = []
@@ -61,6 +87,7 @@ def _trainer_changes(module, target):
     return [*changes, SetAttribute(arguments_class, "__post_init__", wrap(post_init))]
 
 
+@_heard("4-bit models are loaded whole on every rank")
 def _loading_changes(module, target):
     owner = module.PreTrainedModel
     original = vars(owner)["from_pretrained"]
@@ -104,6 +131,52 @@ def _by_name(original):
     return native_load_optimizer
 
 
+def _whole(original):
+    @functools.wraps(original)
+    def native_load_optimizer_sharded(model, optimizer, directory):
+        native = sys.modules[_NATIVE]
+        if native.is_native_fsdp2(model):
+            return original(model, optimizer, directory)
+        fixes, inner = import_module(".native_fixes", __package__), native._inner_optimizer(optimizer)
+        state = fixes.whole_optimizer_state(directory)
+        import_module("unsloth.models.fsdp2_bnb_optim").rename_optimizer_state_for(inner, state)
+        inner.load_state_dict(fixes.optimizer_state_by_number(native._native_root(model), inner, state))
+        return state
+
+    return native_load_optimizer_sharded
+
+
+def _resumed_alone(original):
+    @functools.wraps(original)
+    def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
+        import os
+
+        if checkpoint is None or os.path.isfile(os.path.join(checkpoint, "optimizer.pt")):
+            return original(self, checkpoint, *args, **kwargs)
+        native, folder = import_module(_NATIVE), os.path.join(checkpoint, "optimizer_dcp")
+        others = native.is_native_fsdp2(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if others or not native._is_dcp_dir(folder):
+            return original(self, checkpoint, *args, **kwargs)
+        import torch
+
+        native.native_load_optimizer(self.model, self.optimizer, folder)
+        scheduler = os.path.join(checkpoint, "scheduler.pt")
+        if os.path.isfile(scheduler):
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+
+    return _load_optimizer_and_scheduler
+
+
+def _resume_alone(module, target):
+    # The Trainer of one process has none of the hooks of Unsloth's FSDP2, whose module (light to import) may never be used there.
+    native, trainer = import_module(_NATIVE), import_module("transformers.trainer").Trainer
+    load = _method(trainer, "_load_optimizer_and_scheduler", ("checkpoint",))
+    return [
+        SetAttribute(native, "native_load_optimizer_sharded", _whole(native.native_load_optimizer_sharded)),
+        SetAttribute(trainer, "_load_optimizer_and_scheduler", _resumed_alone(load)),
+    ]
+
+
 PATCHES = (
     Patch(
         id="fsdp2.native_generate",
@@ -129,10 +202,29 @@ PATCHES = (
         ),
     ),
     Patch(
+        id="fsdp2.native_resume_alone",
+        challenge="B",
+        summary="one process resumes the optimizer that the ranks of Unsloth's own FSDP2 saved in parts (UNSLOTH_FSDP2_DCP_OPTIM=1)",
+        targets=(
+            Target(
+                "unsloth.models._utils",
+                "patch_gradient_accumulation_fix",
+                ">=2026.10.9",
+                ("04a591ad3ff6da09",),
+                ("ad8b93cd5c3596a8",),
+            ),
+        ),
+        changes=_resume_alone,
+        relies_on=(
+            Target(_NATIVE, "native_load_optimizer_sharded", ">=2026.10.9", ("615d73c9b29f61e8",)),
+            Target(_NATIVE, "_is_dcp_dir", ">=2026.10.9", ("b8038822782f8288",)),
+        ),
+    ),
+    Patch(
         id="fsdp2.trainer",
         challenge="B",
         summary="under torchrun a Trainer shards 4-bit LoRA models, saves and resumes them",
-        targets=(Target("transformers.trainer", "Trainer.__init__", ">=4.53", ANY_SOURCE),),
+        targets=_wrapped("transformers.trainer", "Trainer.__init__"),
         changes=_trainer_changes,
         run_time_only="it wraps transformers, of which there is no patch series",
         switch=VARIABLE,
@@ -141,7 +233,7 @@ PATCHES = (
         id="fsdp2.loading",
         challenge="B",
         summary="under torchrun from_pretrained reads each rank's part of a 4-bit model",
-        targets=(Target("transformers.modeling_utils", "PreTrainedModel.from_pretrained", ">=4.53", ANY_SOURCE),),
+        targets=_wrapped("transformers.modeling_utils", "PreTrainedModel.from_pretrained"),
         changes=_loading_changes,
         run_time_only="it wraps transformers, of which there is no patch series",
         switch=VARIABLE,

@@ -37,7 +37,8 @@ from .atomic_folder import begin, discard, flush, move_in
 from .pipeline_cut import cut_layers, head_in_layers, rank_of_stage, spans
 from .pipeline_schedules import check
 from .pipeline_stage import Stage
-from .processes import LIMIT, agree, default_mesh, device_of, meet
+from .processes import LIMIT, default_mesh, device_of, meet
+from .team import Team
 
 __all__ = ["PipelineModel", "pipeline"]
 
@@ -108,7 +109,7 @@ def pipeline(
         own = {i for s in mine for i in cut[s]}
     except Exception as problem:
         error = problem
-    agree(error, f"planning the pipeline of {checkpoint}")
+    Team(f"planning the pipeline of {checkpoint}", timeout).agree(error)
     try:
         model = loading.fill(blue, own, first, last, device)
         model.config.name_or_path = model.name_or_path = str(checkpoint)
@@ -122,7 +123,7 @@ def pipeline(
             model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except Exception as problem:
         error = problem
-    agree(error, f"loading {checkpoint}")
+    Team(f"loading {checkpoint}", timeout).agree(error)
     stages = {s: Stage(model.get_base_model(), cut[s], s == 0, s == len(cut) - 1, blue.dtype) for s in mine}
     return PipelineModel(model, stages, cut, rank_of, kind, microbatches, device, mesh, timeout)
 
@@ -305,7 +306,7 @@ class PipelineModel:
                 )
             except Exception as problem:
                 error = problem
-        agree(error, f"saving the adapter to {folder}")
+        Team(f"saving the adapter to {folder}").agree(error)
         return folder
 
 

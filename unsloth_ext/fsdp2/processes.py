@@ -1,8 +1,4 @@
-"""What the ranks agree on: who they are, that nobody failed, that everybody is still there.
-
-An error that only one rank meets must not leave the others waiting in a collective. So checks that can fail come before the
-collectives, and their outcome is exchanged: every rank raises the same message, which says on which rank it happened.
-"""
+"""Who the ranks are, and that everybody is still there. What they exchange beyond that: team.py."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import UnslothExtError, UsageError
 
-__all__ = ["agree", "default_mesh", "device_of", "meet", "over_gloo", "position"]
+__all__ = ["default_mesh", "device_of", "meet", "over_gloo", "position"]
 
 LIMIT = datetime.timedelta(minutes=10)
 _SHORT = datetime.timedelta(seconds=5)
@@ -53,23 +49,6 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(mesh.device_type)
-
-
-def agree(error: Exception | None, what: str) -> None:
-    """Raise on every rank if any rank has an error, with the messages of all that have one. A collective of all processes."""
-    if dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    text = None if error is None else (str(error) or type(error).__name__)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, text)
-    failed = {rank: message for rank, message in enumerate(found) if message is not None}
-    if not failed:
-        return
-    distinct = dict.fromkeys(failed.values())
-    lines = [f"rank {', '.join(str(r) for r, m in failed.items() if m == message)}: {message}" for message in distinct]
-    raise UnslothExtError(f"{what} failed on {len(failed)} of {len(found)} ranks; " + "; ".join(lines)) from error
 
 
 _control: list = []  # [the process group of all ranks, one of all ranks over gloo]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import functools
 import os
 import sys
@@ -36,6 +37,7 @@ _UNDERSTOOD = {
 _FOLDER = {"cache_dir", "force_download", "local_files_only", "token", "revision"}
 _INDIFFERENT = {"device_map", "low_cpu_mem_usage", "use_safetensors", "offload_folder", "max_memory", "return_unused_kwargs",
                 "weights_only", "_fast_init", "fast_inference", "adapter_kwargs"}  # fmt: skip
+_DOWNLOAD = datetime.timedelta(minutes=30)  # how much earlier one host may have it than another
 _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
@@ -48,8 +50,9 @@ def from_pretrained(original):
         settings = switch.requested()
         if settings is None or switch.world_size() == 1 or switch.unsloth_shards():
             return function(cls, name, *args, **kwargs)
-        folder, options = (_plan(name, kwargs) if settings.sharded_load and not args else None) or (None, {})
-        if folder is not None:
+        found = _plan(name, kwargs) if settings.sharded_load and not args else None
+        if found is not None and (options := _agreed(name, found)) is not None:
+            folder = options.pop("folder")
             from .sharded_load import load
 
             try:
@@ -94,13 +97,31 @@ class _Concrete:
         self.from_config = cls._from_config
 
 
-def _say_whole(name, reason: str) -> tuple[None, dict]:
+def _say_whole(name, reason: str) -> None:
     switch.say(f"{name} is loaded whole on every rank and cut afterwards: {reason}.")
-    return None, {}
 
 
-def _plan(name, kwargs) -> tuple[Path | None, dict] | None:
-    """(folder, keywords of `load`) for a 4-bit model; (None, {}), with a line, where it must be loaded whole; None for any other."""
+def _agreed(name, found: dict | str) -> dict | None:
+    """`_plan`'s keywords if every rank has them; None, with a line, if any has a reason against. A collective.
+
+    A rank whose download failed must not leave the others waiting in `load`.
+    """
+    from .processes import default_mesh
+    from .team import Team
+
+    default_mesh()
+    everyone = Team(f"looking at {name}", _DOWNLOAD).gather(found if isinstance(found, str) else None)
+    reasons = {rank: reason for rank, reason in enumerate(everyone) if reason is not None}
+    if not reasons:
+        return found
+    rank, reason = next(iter(reasons.items()))
+    _say_whole(name, reason if len(reasons) == len(everyone) else f"on rank {rank} {reason}")
+    return None
+
+
+def _plan(name, kwargs) -> dict | str | None:
+    """Keywords of `load`, its folder among them, for a 4-bit model; None for any other, and, with a line, for one that is to be
+    loaded whole. A text is a reason for that which may be this rank's alone."""
     import transformers
 
     given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
@@ -123,10 +144,16 @@ def _plan(name, kwargs) -> tuple[Path | None, dict] | None:
     if not four_bit:
         return None
 
-    whole = functools.partial(_say_whole, name)
+    try:
+        return _keywords(name, kwargs, given, config, stored, wish, where)
+    except Exception as error:  # of this rank alone, perhaps
+        return f"it cannot be read in parts ({type(error).__name__}: {error})"
+
+
+def _keywords(name, kwargs, given, config, stored: dict | None, wish, where: dict) -> dict | str | None:
     kind = (stored or {}).get("bnb_4bit_quant_type") or getattr(wish, "bnb_4bit_quant_type", None)
     if kind != "nf4":
-        return whole(f"its 4-bit type is {kind!r}, and only 'nf4' is read in parts")
+        return _say_whole(name, f"its 4-bit type is {kind!r}, and only 'nf4' is read in parts")
     settings = {}
     for key, value in kwargs.items():  # not `given`: use_cache=False is a setting
         if key in _UNDERSTOOD | _FOLDER | _INDIFFERENT or value is None:
@@ -134,27 +161,27 @@ def _plan(name, kwargs) -> tuple[Path | None, dict] | None:
         if not hasattr(config, key):
             if value is False:
                 continue
-            return whole(f"from_pretrained got {key}=, which reading in parts does not know")
+            return _say_whole(name, f"from_pretrained got {key}=, which reading in parts does not know")
         settings[key] = value
     if isinstance(given.get("device_map"), dict) and len(set(map(str, given["device_map"].values()))) > 1:
-        return whole("its device_map spreads it over several devices")
+        return _say_whole(name, "its device_map spreads it over several devices")
     folder = Path(name)
     if folder.is_dir() and (folder / "adapter_config.json").is_file():
-        return whole("the folder holds an adapter")
+        return "the folder holds an adapter"
     try:
         folder = folder if folder.is_dir() else _download(str(name), where)
     except Exception as error:
-        return whole(f"it cannot be downloaded as a folder ({type(error).__name__}: {error})")
+        return f"it cannot be downloaded as a folder ({type(error).__name__}: {error})"
     if not any(folder.glob("*.safetensors")):
-        return whole("it has no safetensors files")
+        return "it has no safetensors files"
     for key, value in settings.items():
         setattr(config, key, value)
     dtype = given.get("dtype", given.get("torch_dtype"))
     dtype = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtype is None and stored is None and getattr(config, "dtype", None) is None:
         dtype = _first_dtype(folder)
-    return folder, {
-        "config": config, "dtype": dtype, "quantization_config": wish if stored is None else None,
+    return {
+        "folder": folder, "config": config, "dtype": dtype, "quantization_config": wish if stored is None else None,
         "attn_implementation": given.get("attn_implementation"),
         "trust_remote_code": bool(given.get("trust_remote_code")),
     }  # fmt: skip

@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import UsageError
 from . import quantization
 from .checkpoint_index import CheckpointIndex
-from .processes import agree, default_mesh, device_of, meet, position
+from .processes import default_mesh, device_of, position
 from .row_shard import RowShard, rows_of
+from .team import Team
 
 __all__ = ["load", "materialise"]
 
@@ -75,15 +76,20 @@ def load(
         plan = _plan(model, index, mesh, quantizer.pre_quantized)
     except Exception as problem:
         error = problem
-    agree(error, f"loading {checkpoint}")
-    materialise(model, index, mesh, dtype, plan)
-    quantizer.postprocess_model(model)
+    Team(f"loading {checkpoint}", timeout).agree(error)
+    try:
+        materialise(model, index, mesh, dtype, plan)
+        quantizer.postprocess_model(model)
+    except Exception as problem:
+        if not quantizer.pre_quantized:  # the others are in a gather, which ends when this process does
+            raise
+        error = problem
+    Team(f"loading {checkpoint}", timeout).agree(error)
     model.hf_quantizer = quantizer  # a Trainer asks it whether the model can be trained
     with contextlib.suppress(OSError, ValueError):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(checkpoint)
     index.close()
-    meet(f"loading {checkpoint}", timeout)
     return model.eval()
 
 

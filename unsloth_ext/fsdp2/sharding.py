@@ -39,8 +39,9 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
 from .nf4_parameter import NF4Shard
-from .processes import agree, default_mesh, device_of, meet, position
+from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
+from .team import Team
 
 __all__ = ["accumulate", "gathered", "shard", "units_of"]
 
@@ -96,7 +97,7 @@ def shard(
         root_parameters, kept_whole = _outside(model, [*layers, *ends])
     except Exception as problem:
         error = problem
-    agree(error, "sharding the model")
+    Team("sharding the model").agree(error)
 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward)
@@ -208,9 +209,27 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
 
 
 def _prefetch(layers: list[nn.Module]) -> None:
-    """Ask for the next layer's gather when a layer begins: it runs beside the layer, at the price of one more gathered layer."""
+    """Ask for the next layer's gather when a layer begins: it runs beside the layer, at the price of one more gathered layer.
+
+    Not when a checkpoint runs the layer again in its backward: the layer after it is done with then, and would be gathered for
+    nothing and stay so until the backward ends.
+    """
     for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
+        layer.register_forward_pre_hook(_prefetcher(layer, following), prepend=True)  # before FSDP2's, which asks
+
+
+def _prefetcher(layer: nn.Module, following: nn.Module):
+    asks = False
+
+    @torch.compiler.disable
+    def hook(module, inputs) -> None:
+        nonlocal asks
+        wanted = torch._C._current_graph_task_id() == -1  # what torch.utils.checkpoint and FSDP2 know a backward by
+        if asks != wanted:
+            layer.set_modules_to_forward_prefetch([following] if wanted else [])
+            asks = wanted
+
+    return hook
 
 
 def gathered_bytes(unit: nn.Module) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 
 from ..errors import UnslothExtError, UsageError
 
-__all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "settings", "unsloth_shards",
+__all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "say_not_in", "settings", "unsloth_shards",
            "world_size"]  # fmt: skip
 
 VARIABLE = "UNSLOTH_EXT_FSDP2"
@@ -148,6 +148,12 @@ def unsloth_shards() -> bool:
         "for what it lacks: reading a 4-bit checkpoint in parts, and a sharded quant state."
     )
     return True
+
+
+def say_not_in(what: str) -> None:
+    """One line where the variable asks for sharding that this transformers cannot have. `enable` raises instead."""
+    if _enabled is None and requested() is not None:
+        say(f"{VARIABLE} is set, but {what}.")
 
 
 _said: set[str] = set()

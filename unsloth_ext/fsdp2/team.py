@@ -1,7 +1,8 @@
-"""`Team`: the processes that save or load together, which may be one process that has no process group.
+"""`Team`: the processes that load, shard or save together, which may be one process that has no process group.
 
-A checkpoint is written by all ranks and must not hang when one of them dies. So every exchange begins with a barrier that names
-who is missing, goes over gloo whatever the training uses, and hands an error of one rank to all.
+An error that only one rank meets must not leave the others waiting in a collective. So checks that can fail come before the
+collectives, and their outcome is exchanged: every rank raises the same message, which says on which rank it happened. Every
+exchange begins with a barrier that names who is missing, and goes over gloo whatever the training uses.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -78,12 +79,16 @@ def shard_for_trainer(model, arguments=None, *, optimizers=(None, None), model_i
         return model
     settings = trainer_config.from_arguments(arguments, settings) if arguments is not None else settings
     _refuse(arguments, optimizers)
-    device = getattr(arguments, "device", None)
+    return _shard_with(model, settings, getattr(arguments, "device", None))
+
+
+def _shard_with(model: nn.Module, settings: switch.Settings, device) -> nn.Module:
     precision = settings.mixed_precision and getattr(torch, settings.mixed_precision)
     model = shard(
         model, default_mesh(device), reshard_after_forward=settings.reshard_after_forward,
         cpu_offload=settings.cpu_offload, residency=settings.residency, mixed_precision=precision,
     )  # fmt: skip
+    model._unsloth_ext_settings = settings, device  # for the reference model of this policy
     return serve(model)
 
 
@@ -167,20 +172,21 @@ def create_accelerator_and_postprocess(original):
     def wrapped(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         if switch.requested() is not None:
-            _attach(self.accelerator)
+            _attach(self.accelerator, weakref.ref(self))
         return result
 
     return wrapped
 
 
-def _attach(accelerator) -> None:
-    """Teach this one accelerator, not the class, about sharded models."""
+def _attach(accelerator, trainer) -> None:
+    """Teach this one accelerator, not the class, about sharded models. trainer: a weak reference to its owner."""
     prepare_model, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
 
     @functools.wraps(prepare_model)
     def prepare(model, device_placement=None, evaluation_mode=False):
         if evaluation_mode and not is_ours(model) and _frozen_reference(model):
-            shard_for_trainer(model)
+            policy = getattr(getattr(trainer(), "model", None), "_unsloth_ext_settings", None)
+            shard_for_trainer(model) if policy is None else _shard_with(model, *policy)
         if not is_ours(model):
             return prepare_model(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
         # evaluation_mode leaves out DDP and keeps autocast, which is what one card gets.
@@ -193,6 +199,11 @@ def _attach(accelerator) -> None:
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare, clip_grad_norm_
     if getattr(accelerator, "scaler", None) is not None and switch.world_size() > 1:
+        if accelerator.device.type not in ("cuda", "cpu"):
+            raise Refused(
+                f"fp16=True scales the loss, and the scaler of sharded gradients knows no {accelerator.device.type} device",
+                "Train with TrainingArguments(bf16=True).",
+            )
         from .gradient_scaler import ShardedScaler
 
         handler = getattr(accelerator, "scaler_handler", None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -18,57 +17,25 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from . import optimizer_state
-from .adapter_state import ADAPTER_WEIGHTS, adapter_names
+from .adapter_state import adapter_names
 from .atomic_folder import Damaged
 from .checkpoint_index import CheckpointIndex
+from .complete import ADAPTER_WEIGHTS, TRAINER_OPTIMIZER, TRAINER_STATE
 from .processes import position
 from .row_shard import rows_of
 from .stored import Stored, load_plain, parameter_key
 
-__all__ = ["SHARDED", "check_complete", "is_one", "open_one"]
+__all__ = ["open_one"]
 
-SHARDED = "sharded_optimizer"  # where a sharded run's Trainer has its checkpoint of this package (trainer_saving.py)
-
-_STATE, _OPTIMIZER, _SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
-
-
-def is_one(folder: Path) -> bool:
-    weights = (ADAPTER_WEIGHTS, "model.safetensors", "model.safetensors.index.json")
-    return any((folder / name).is_file() for name in weights)
-
-
-def check_complete(folder: Path) -> None:
-    """Raises `Damaged` for what a killed Trainer leaves, and for files that cannot be read."""
-    if not (folder / _STATE).is_file():
-        raise Damaged(f"{folder} has no {_STATE}, which the Trainer writes last: it was not finished")
-    try:
-        json.loads((folder / _STATE).read_text())
-        for path in (folder / ADAPTER_WEIGHTS, *folder.glob("model*.safetensors")):
-            if path.is_file():
-                with safe_open(str(path), framework="pt"):
-                    pass
-    except (OSError, ValueError, SafetensorError) as error:
-        raise Damaged(f"{folder} is damaged: {error}") from error
-    if not is_one(folder):
-        raise Damaged(f"{folder} has no {ADAPTER_WEIGHTS} and no model.safetensors")
-    if not (folder / _OPTIMIZER).is_file():
-        raise Damaged(f"{folder} has no {_OPTIMIZER}: training cannot go on from it")
-    for path in (*folder.glob("*.pt"), *folder.glob("*.pth")):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
-            raise Damaged(f"{path} is truncated or no torch file: {error}") from error
-        if bad is not None:
-            raise Damaged(f"{path} is damaged at {bad}")
+_SCHEDULER = "scheduler.pt"
 
 
 def open_one(folder: Path, rank: int, world: int, model: nn.Module, optimizer, adapter_name: str) -> Stored:
     """Raises `UsageError` or `Damaged`; reads no weights yet."""
     rows, sizes = _weights(folder, model, adapter_name)
     whole, facts = {}, None
-    if optimizer is not None and (folder / _OPTIMIZER).is_file():
-        saved = load_plain(folder / _OPTIMIZER, mmap=True)
+    if optimizer is not None and (folder / TRAINER_OPTIMIZER).is_file():
+        saved = load_plain(folder / TRAINER_OPTIMIZER, mmap=True)
         whole, facts = optimizer_state.by_name(saved, model, optimizer)
     sizes |= {key: (tensor.shape, tensor.dtype) for key, tensor in whole.items()}
 
@@ -80,7 +47,7 @@ def open_one(folder: Path, rank: int, world: int, model: nn.Module, optimizer, a
                 local, (start, stop) = target.to_local(), rows_of(mesh_rank, mesh_world, target.shape[0])
             local.copy_(whole[key][start:stop] if key in whole else rows(key, start, stop))
 
-    state = json.loads((folder / _STATE).read_text()) if (folder / _STATE).is_file() else {}
+    state = json.loads((folder / TRAINER_STATE).read_text()) if (folder / TRAINER_STATE).is_file() else {}
     scheduler = load_plain(folder / _SCHEDULER) if (folder / _SCHEDULER).is_file() else None
     written_by = len([p for p in folder.glob("rng_state_*.pth") if re.fullmatch(r"rng_state_\d+", p.stem)]) or 1
     own = folder / (f"rng_state_{rank}.pth" if written_by > 1 else "rng_state.pth")
@@ -91,12 +58,15 @@ def open_one(folder: Path, rank: int, world: int, model: nn.Module, optimizer, a
 def _weights(folder: Path, model: nn.Module, adapter_name: str):
     """(function of key, first and last row; sizes) of the trained parameters in the folder's safetensors files."""
     trained = [n for n, p in optimizer_state.named(model) if p.requires_grad]
-    if (folder / ADAPTER_WEIGHTS).is_file() and hasattr(model, "peft_config"):
+    own = (
+        next((p for p in (folder / adapter_name, folder) if (p / ADAPTER_WEIGHTS).is_file()), folder) / ADAPTER_WEIGHTS
+    )
+    if own.is_file() and hasattr(model, "peft_config"):
         stored_name = {name: key for key, name in adapter_names(model, adapter_name, False).items()}
         try:
-            file = safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt")
+            file = safe_open(str(own), framework="pt")
         except (SafetensorError, OSError) as error:
-            raise Damaged(f"{folder / ADAPTER_WEIGHTS} is truncated or no safetensors file: {error}") from error
+            raise Damaged(f"{own} is truncated or no safetensors file: {error}") from error
         known = set(file.keys())
         slices = {n: file.get_slice(stored_name[n]) for n in trained if stored_name.get(n) in known}
         sizes = {n: torch.Size(s.get_shape()) for n, s in slices.items()}
@@ -108,7 +78,7 @@ def _weights(folder: Path, model: nn.Module, adapter_name: str):
         left = sorted(known - {stored_name[n] for n in slices})
         if left and any(k for k in left if "lora" in k):
             raise UsageError(
-                f"{folder / ADAPTER_WEIGHTS} has {len(left)} tensors that this model does not train, {left[0]!r} among them",
+                f"{own} has {len(left)} tensors that this model does not train, {left[0]!r} among them",
                 "Resume with the adapter settings of the saved run.",
             )
     elif hasattr(model, "peft_config"):

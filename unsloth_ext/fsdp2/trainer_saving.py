@@ -1,6 +1,7 @@
 """`checkpoint-N` folders of a Trainer over a sharded model.
 
-    checkpoint-N/adapter_model.safetensors, adapter_config.json   the adapter, as on one card: peft reads it
+    checkpoint-N/adapter_model.safetensors, adapter_config.json   the adapter, as on one card: peft reads it. Others than "default"
+                                                                  have a folder of their names, as PEFT has it
     checkpoint-N/sharded_optimizer/                               adapter, optimizer, scheduler and RNG, each rank's part; checked
     checkpoint-N/trainer_state.json, rng_state_*.pth, ...         the Trainer's own
 
@@ -23,15 +24,14 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..errors import UsageError
 from . import switch
+from .complete import SHARDED
 from .trainer import is_ours
-from .trainer_checkpoint import SHARDED
 
-__all__ = ["SHARDED", "newest_whole", "why_not_whole"]
+__all__ = ["newest_whole", "why_not_whole"]
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
@@ -49,7 +49,7 @@ def why_not_whole(folder: Path) -> str | None:
             verify(folder / SHARDED, read_manifest(folder / SHARDED))
         except (Damaged, OSError) as error:
             return str(error)
-    elif not any(folder.glob("adapter_model.*")):
+    elif not any((*folder.glob("adapter_model.*"), *folder.glob("*/adapter_model.*"))):
         return "it has no adapter"
     return None
 
@@ -65,28 +65,15 @@ def newest_whole(output_dir: str | Path) -> Path | None:
     return None
 
 
-def _among_ranks(make):
-    """What rank 0 made, on every rank; its error too."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return make()
-    answer = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [("ok", make())]
-        except Exception as error:
-            answer = [("error", error)]
-    dist.broadcast_object_list(answer, src=0)
-    kind, value = answer[0]
-    if kind == "error":
-        raise value
-    return value
-
-
 def train(original):
     @functools.wraps(original)
     def wrapped(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True and switch.requested() is not None and _trains_adapters(self.model):
-            chosen = _among_ranks(lambda: newest_whole(self.args.output_dir))
+            from .team import Team
+
+            chosen = Team(f"looking for a checkpoint in {self.args.output_dir}").on_first(
+                newest_whole, self.args.output_dir
+            )
             if chosen is None:
                 raise UsageError(
                     f"resume_from_checkpoint=True: {self.args.output_dir} has no whole checkpoint-N folder"
@@ -108,6 +95,10 @@ def _adapter_of(model) -> str:
     return next(iter(active() if callable(active) else active), "default")
 
 
+def _folder_of(checkpoint, adapter: str) -> str:
+    return str(checkpoint) if adapter == "default" else os.path.join(checkpoint, adapter)
+
+
 def _reads(self, checkpoint) -> bool:
     """A sharded model reads every checkpoint with this package; a whole one only what a sharded run wrote."""
     return is_ours(self.model) or (_trains_adapters(self.model) and os.path.isdir(os.path.join(checkpoint, SHARDED)))
@@ -126,7 +117,8 @@ def save_model(original):
         from .adapter_state import save_adapter
 
         output_dir = output_dir or self.args.output_dir
-        save_adapter(self.model, output_dir, adapter_name=_adapter_of(self.model))
+        for name in getattr(self.model, "peft_config", ["default"]):
+            save_adapter(self.model, _folder_of(output_dir, name), adapter_name=name)
         if self.args.should_save:
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:

@@ -38,9 +38,11 @@ def read_steps(path: Path) -> list[dict]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+    """The newest checkpoint that was written to its end and is still whole; one that is damaged is passed by, with a line."""
+    from ..fsdp2.complete import first_whole
+
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return first_whole(sorted(complete, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True))
 
 
 def peak_rss() -> int:
