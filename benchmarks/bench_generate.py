@@ -144,11 +144,7 @@ def main() -> int:
         side, folder, out = args.side
         measure(side, folder, Path(out), args.rounds)
         return 0
-    import record
-
-    from unsloth_ext.patching.release import installed_release
-
-    times, said = {}, {}
+    times, said, failed = {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         code = "import sys, checkpoints as c; from pathlib import Path as P; a = sys.argv; "
@@ -162,11 +158,25 @@ def main() -> int:
                 "UNSLOTH_DECODE_CUDA_GRAPHS": "1" if side == GRAPHS else "",
                 "UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth{number}",
                 "TRITON_CACHE_DIR": f"{folder}/triton{number}",
+                "UNSLOTH_EXT_NF4_MATMUL": "1" if side in (OURS, PLAIN_OURS) else "0",
+                "UNSLOTH_EXT_DECODE_GRAPHS": "1" if side == OURS else "0",
             }
             command = [sys.executable, __file__, "--rounds", str(args.rounds), "--side", side, str(model), str(out)]
-            subprocess.run(command, check=True, env=environment)
+            if subprocess.run(command, env=environment).returncode:
+                print(f"{side}: failed", flush=True)
+                failed.append(side)
+                continue
             times[side] = {int(batch): found for batch, found in json.loads(out.read_text()).items()}
             said[side] = torch.load(out.with_suffix(".pt"))
+            report(args, times, said)  # after each side: what has been measured stays, whatever comes
+    return 1 if failed else 0
+
+
+def report(args, times, said) -> None:
+    import record
+
+    from unsloth_ext.patching.release import installed_release
+
     rows = [
         {"architecture": args.architecture, "batch": batch, "side": side, "unit": "ms"} | record.percentiles(found, 3)
         for side, batches in times.items()
@@ -197,7 +207,6 @@ def main() -> int:
                 record.claim("generate.8b.min_vs_unsloth", round(ratio, 3), "x", ">= 1.0", f"Unsloth {release}")
             )
     record.write(args.record, rows, claims)
-    return 0
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def shapes():
             (hidden, intermediate),
         ):
             found[shape] = None
-    return sorted(found, key=lambda s: (s[0] * s[1], s))
+    return sorted(found, key=lambda s: (s != NAMED, s[0] * s[1], s))
 
 
 def quantised(n, k, rotate=200e6):
@@ -115,11 +115,15 @@ def graph_times(calls, sets, rounds, replays, budget_ms=12.0):
     return samples
 
 
-def gpu_rows(calls, quick):
+def gpu_rows(calls, quick, flush, until):
+    """[row]. flush(rows) after each shape; none is begun after `until`, of time.perf_counter()."""
     from unsloth_ext.nf4 import dequantize
 
     found = []
     for n, k in QUICK_SHAPES if quick else shapes():
+        if time.perf_counter() > until:
+            print(f"{n}x{k} and larger: left out, the time is over", flush=True)
+            break
         own = quantised(n, k)
         dense = [dequantize(layer.weight, layer.weight.quant_state) for layer in own]
         exact = dequantize(own[0].weight, own[0].weight.quant_state, dtype=torch.float32)
@@ -145,6 +149,7 @@ def gpu_rows(calls, quick):
             )
         del own, dense, exact, sets
         torch.cuda.empty_cache()
+        flush(found)
     return found
 
 
@@ -193,7 +198,9 @@ def claims(rows, release):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, five numbers of rows")
-    quick = parser.parse_args().quick
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no shape is begun")
+    args = parser.parse_args()
+    quick = args.quick
     if not torch.cuda.is_available():
         print("bench_nf4_matmul: needs a CUDA card, left out")
         return 0
@@ -205,10 +212,12 @@ def main() -> int:
     start, calls = time.perf_counter(), contestants()
     with torch.no_grad():
         eager = eager_rows(calls)
-        rows = gpu_rows(calls, quick)
-    record.write(
-        "nf4_matmul_quick" if quick else "nf4_matmul", rows + eager, claims(rows, installed_release("unsloth"))
-    )
+
+        def flush(rows):
+            name = "nf4_matmul_quick" if quick else "nf4_matmul"
+            record.write(name, rows + eager, claims(rows, installed_release("unsloth")))
+
+        gpu_rows(calls, quick, flush, start + args.limit)
     print(f"{time.perf_counter() - start:.0f} s")
     return 0
 

@@ -1,6 +1,7 @@
 """On a card: adapters and `out` with the kernels, the routes into Unsloth and bitsandbytes, and captured generation."""
 
 import copy
+import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,8 @@ from unsloth_ext.nf4 import dequantize, matmul_plan
 from unsloth_ext.nf4.matmul import linear
 
 pytestmark = pytest.mark.gpu
-HERE = [Path(__file__).parents[2]]
+# What this process was started with, too: Unsloth may be found by PYTHONPATH alone.
+HERE = [Path(__file__).parents[2], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +91,7 @@ def test_the_switch(monkeypatch):
         for wanted, expected in (("0", False), ("all", True), ("1", measured), ("", measured)):
             monkeypatch.setenv("UNSLOTH_EXT_NF4_MATMUL", wanted)
             matmul_table.enabled.cache_clear()
+            matmul_table.processors.cache_clear()
             matmul_plan.forget()
             assert matmul_table.may_take(x) == expected
             y = linear(x, packed, state)
@@ -96,6 +99,7 @@ def test_the_switch(monkeypatch):
             assert off(y, x.double() @ dequantize(packed, state, dtype=torch.float32).double().t()) < 1e-2
     finally:
         matmul_table.enabled.cache_clear()
+        matmul_table.processors.cache_clear()
 
 
 ROUTES = """
@@ -156,7 +160,7 @@ assert not matmul_plan._given_up
 
 @pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed: make setup")
 def test_the_routes_with_the_real_unsloth(python):
-    python(ROUTES, path=HERE, UNSLOTH_EXT_QUIET="1")
+    python(ROUTES, path=HERE, UNSLOTH_EXT_QUIET="1", UNSLOTH_EXT_NF4_MATMUL="1")
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -261,4 +265,5 @@ def test_unsloths_decoding_replays_graphs(python, tmp_path):
         eos_token="w2",
     )
     made.save_pretrained(tmp_path / "model")
-    python(DECODING, path=HERE, MODEL=str(tmp_path / "model"), UNSLOTH_EXT_QUIET="1")
+    switches = {"UNSLOTH_EXT_NF4_MATMUL": "1", "UNSLOTH_EXT_DECODE_GRAPHS": "1"}
+    python(DECODING, path=HERE, MODEL=str(tmp_path / "model"), UNSLOTH_EXT_QUIET="1", **switches)

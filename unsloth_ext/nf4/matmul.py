@@ -2,8 +2,9 @@
 
 The ways, and what decides between them:
 
-* On a card whose table (`matmul_table.py`) has a measured row for this weight and this many rows of x: the kernels of
-  `matmul_kernel.py`, straight from bitsandbytes' bytes, launched by `matmul_plan.py`.
+* On a card whose table (`matmul_table.py`) has a measured row for this weight and this many rows of x: a kernel straight from
+  bitsandbytes' bytes, launched by `matmul_plan.py`. On Hopper and for bitsandbytes' usual states that is one in CUDA C++ (`cuda/`,
+  chosen by `matmul_hopper.py`, compiled by the NVRTC that torch brings along), else, or where it fails, one in Triton (`matmul_kernel.py`).
 * Everywhere else (more rows, other cards, fp32, odd shapes, the CPU): `dequantize`, then torch's matmul.
 * With a gradient to x, while torch.compile traces, and under modes such as fake tensors: `torch.ops.unsloth_ext.nf4_linear`,
   an operator around the same. Its backward is `dY @ dequantize(W)`.
@@ -111,14 +112,16 @@ def _linear(x, packed, state: NF4State, bias, out=None, quant_state=None) -> tor
     n, k = state.shape
     rows = x.reshape(-1, k)
     result = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device) if out is None else out
-    flat = result.view(-1, n) if result.is_contiguous() else result.new_empty((rows.shape[0], n))
+    # cuBLAS picks another kernel, with other last bits, where memory is not aligned: the result must not depend on that.
+    direct = result.is_contiguous() and (out is None or result.data_ptr() % 16 == 0)
+    flat = result.view(-1, n) if direct else result.new_empty((rows.shape[0], n))
     if not run(rows, packed, state, bias, flat, quant_state):
         weight = dense(packed, state, x.dtype)
         if bias is None:
             torch.mm(rows, weight.t(), out=flat)
         else:
             torch.addmm(bias, rows, weight.t(), out=flat)
-    return result if result.is_contiguous() else result.copy_(flat.view(result.shape))
+    return result if direct else result.copy_(flat.view(result.shape))
 
 
 def _plus_lora(y, x, lora, out=None):

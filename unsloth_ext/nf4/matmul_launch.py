@@ -77,8 +77,15 @@ def grid(variant: Variant, m: int, n: int) -> tuple[int, int, int]:
 
 
 def launch(variant: Variant, x, packed, absmax, code2, absmax2, offset, bias, out):
-    """Run the kernels through Triton, compiling them if need be, on the current stream. Returns Triton's compiled kernels."""
+    """Run the kernels, compiling them if need be, on the current stream: through Triton, or of a variant in CUDA C++ its check.
+    Returns the compiled kernels."""
     index, (m, n) = variant.device_index, out.shape
+    if variant.cuda:
+        from . import matmul_cuda
+
+        compiled = matmul_cuda.kernel(variant)
+        compiled.check(x, packed, absmax, code2, absmax2, offset, bias, out)
+        return compiled
     with torch.cuda.device(index):
         # Fields that the variant does not read get an address that is one.
         fields = (absmax, *(absmax if field is None else field for field in (code2, absmax2, offset)))
@@ -122,6 +129,8 @@ def _direct(compiled, constants: int):
 def direct(variant: Variant, compiled):
     """go(stream, x, packed, absmax, code2, absmax2, offset, bias, out, m, n) with addresses as integers (bias 0 for none), on
     the kernels' own device; None where this Triton must launch."""
+    if variant.cuda:
+        return compiled.go
     index = variant.device_index
     first = _direct(compiled[0], len(constexprs(variant)))
     if first is None:

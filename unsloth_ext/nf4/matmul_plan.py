@@ -4,7 +4,8 @@ As for `dequantize`, the first call for a weight checks everything and remembers
 unnoticed. Later calls compare what may have changed by identity, read addresses afresh, and launch.
 
 Nobody has to trust a kernel: the first use of each compiled variant is compared with dequantise and matmul on rows of the weight
-at hand. Where that is off, or does not compile, that variant is not used any more, with one warning.
+at hand. Where that is off, or does not compile, that variant is not used any more, with one warning: instead of one in CUDA C++ Triton's
+is, instead of Triton's dequantise and matmul.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def forget() -> None:
         _given_up.clear()
 
 
+def _variant(index: int, dtype, rows: int, state, bias: bool, absmax_at: int):
+    """The variant to be launched: of matmul_table, in Triton where the one in CUDA C++ has failed or cannot read absmax."""
+    from . import matmul_table
+
+    found = matmul_table.variant_for(index, dtype, rows, state, bias)
+    if found is not None and found.cuda and (found in _given_up or absmax_at % 16):
+        found = matmul_table.variant_for(index, dtype, rows, state, bias, cuda=False)
+    return None if found is None or found in _given_up else found
+
+
 def run(x: torch.Tensor, packed: torch.Tensor, state: NF4State, bias, out: torch.Tensor, quant_state=None) -> bool:
     """Launch a kernel on checked arguments, x [M, K] and out [M, N]. False, with `out` as it was, where none can, may or should.
 
@@ -43,11 +54,9 @@ def run(x: torch.Tensor, packed: torch.Tensor, state: NF4State, bias, out: torch
     """
     if out.device.type != "cuda" or out.numel() == 0:
         return False
-    from . import matmul_table
-
-    index = out.get_device()
-    variant = matmul_table.variant_for(index, x.dtype, x.shape[0], state, bias is not None)
-    if variant is None or variant in _given_up:
+    index, biased = out.get_device(), bias is not None
+    variant = _variant(index, x.dtype, x.shape[0], state, biased, state.absmax.data_ptr())
+    if variant is None:
         return False
     from . import launch, matmul_launch
 
@@ -67,15 +76,24 @@ def run(x: torch.Tensor, packed: torch.Tensor, state: NF4State, bias, out: torch
         raise ValueError(f"{name} has no storage: its memory was freed")
     if addresses[0] % 16:
         return False
-    if variant not in _ready and not _first_use(variant, packed, state, offset):
-        return False
-    if (go := _ready[variant]) is None or dequantization._hooked(launch):
+    while variant not in _ready and not _first_use(variant, packed, state, offset):
+        again = _variant(index, x.dtype, x.shape[0], state, biased, addresses[1]) if variant.cuda else None
+        if again is None or again == variant:
+            return False
+        variant = again
+    hooks_known = launch.hooks() is not None
+    if (go := _ready[variant]) is None or (not variant.cuda and dequantization._hooked(launch)):
         matmul_launch.launch(variant, x, packed, state.absmax, state.code2, state.absmax2, offset, bias, out)
         return True
     with torch.cuda.device(index):
         stream = torch._C._cuda_getCurrentRawStream(index)
         go(stream, x.data_ptr(), *addresses, 0 if bias is None else bias.data_ptr(), out.data_ptr(), *out.shape)
-    if quant_state is not None and type(quant_state) is not list and (offset is state.offset or not nested):
+    if (
+        hooks_known
+        and quant_state is not None
+        and type(quant_state) is not list
+        and (offset is state.offset or not nested)
+    ):
         _remember(quant_state, state, packed, index)
     return True
 
@@ -107,9 +125,8 @@ def _first_use(variant, packed, state: NF4State, offset) -> bool:
                 x = torch.randn(m, k, dtype=dtype, device=device, generator=random)
                 bias = torch.randn(n, dtype=dtype, device=device, generator=random) if variant.bias else None
                 out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
-                compiled = matmul_launch.launch(
-                    variant, x, head, piece.absmax, piece.code2, piece.absmax2, offset, bias, out
-                )
+                fields = (x, head, piece.absmax, piece.code2, piece.absmax2, offset, bias, out)
+                compiled = matmul_launch.launch(variant, *fields)
                 expected = _in_float64(x, dense(head, piece, torch.float32), bias)
                 finite = expected.isfinite()  # a weight may hold infinities: what is not finite there is not compared
                 difference = torch.where(finite, out.double() - expected, 0.0).norm()
@@ -124,8 +141,9 @@ def _first_use(variant, packed, state: NF4State, offset) -> bool:
         if problem:
             _given_up[variant] = problem
             name = torch.cuda.get_device_name(index)
+            instead = ", Triton's is instead" if variant.cuda else ""
             warnings.warn(
-                f"unsloth_ext: an NF4 matmul kernel ({variant}) is not used on {name}: {problem[:500]}",
+                f"unsloth_ext: an NF4 matmul kernel ({variant}) is not used on {name}{instead}: {problem[:500]}",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -167,7 +185,7 @@ def _plan(own, state2, state: NF4State, first_packed, index: int):
     As in `dequantization._plan`: identities are compared, addresses read afresh, absmax held weakly. Launchers are kept for each
     number of rows, dtype and bias.
     """
-    from . import launch, matmul_table
+    from . import launch
 
     shape, blocksize, blocksize2 = state.shape, state.blocksize, state.blocksize2
     n, k = shape
@@ -193,7 +211,7 @@ def _plan(own, state2, state: NF4State, first_packed, index: int):
     def launcher(size, dtype, bias):
         if not size or size[-1] != k or not (rows := size.numel() // k):
             return None
-        variant = matmul_table.variant_for(index, dtype, rows, facts, bias)
+        variant = _variant(index, dtype, rows, facts, bias, absmax_at)
         go = None if variant is None else _ready.get(variant)
         shape = (*size[:-1], n)
         return None if go is None else (go, dequantization._allocator(shape, dtype, index), shape, rows)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import matmul_hopper
+from .matmul_hopper import FewRows, Tiles
 from .table import capability
 
 # The 16 codes are kept in 16 bits, times a common factor that brings all of them close to numbers of that format: the root mean
@@ -46,9 +48,14 @@ class Variant(NamedTuple):
     blocksize: int
     blocksize2: int  # 0: absmax is not quantised
     bias: bool
-    rows: int  # of x at most: 4, 8 or 16; 0 for many rows
+    rows: int  # of x at most: 4, 8 or 16, or a tile's; 0 for many rows
     overlap: bool
-    shape: Few | Many
+    shape: Few | Many | FewRows | Tiles
+
+    @property
+    def cuda(self) -> bool:
+        """Is it a kernel in CUDA C++, not in Triton?"""
+        return isinstance(self.shape, (FewRows, Tiles))
 
 
 def _few(rows: int, n: int, k: int) -> Few:
@@ -75,15 +82,27 @@ CARDS = {(9, 0): ("H200", "bench_nf4_matmul.py")}
 MOST_ROWS = 256  # of x that any variant takes
 
 
+def _wanted() -> str:
+    return os.environ.get("UNSLOTH_EXT_NF4_MATMUL", "").strip().lower()
+
+
 @functools.cache
 def enabled(device_index: int) -> bool:
     """Are the kernels to be used on a card? On those of CARDS; UNSLOTH_EXT_NF4_MATMUL=all says everywhere from
     Ampere on, 0 (no, off, false) nowhere. Read once for each card."""
-    wanted = os.environ.get("UNSLOTH_EXT_NF4_MATMUL", "").strip().lower()
+    wanted = _wanted()
     if torch.version.hip is not None or wanted in ("0", "no", "off", "false") or capability(device_index) < (8, 0):
         return False
     part, _ = CARDS.get(capability(device_index), ("", ""))
     return wanted == "all" or (bool(part) and part in torch.cuda.get_device_name(device_index))
+
+
+@functools.cache
+def processors(device_index: int) -> int:
+    """Of a card that the kernels in CUDA C++ run on, sm_90; 0 elsewhere, and with UNSLOTH_EXT_NF4_MATMUL=triton. Read once."""
+    if capability(device_index) != (9, 0) or _wanted() == "triton":
+        return 0
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def may_take(x: torch.Tensor) -> bool:
@@ -91,13 +110,19 @@ def may_take(x: torch.Tensor) -> bool:
     return x.is_cuda and 0 < x.numel() <= MOST_ROWS * x.shape[-1] and enabled(x.get_device())
 
 
-def variant_for(device_index: int, dtype: torch.dtype, rows: int, state, bias: bool) -> Variant | None:
-    """The variant for a weight and so many rows of x; None where dequantise + matmul is to be taken."""
+def variant_for(
+    device_index: int, dtype: torch.dtype, rows: int, state, bias: bool, cuda: bool = True
+) -> Variant | None:
+    """The variant for a weight and so many rows of x; None where dequantise + matmul is to be taken. Without `cuda`: in Triton."""
     if dtype not in FACTORS or not 0 < rows <= MOST_ROWS or not enabled(device_index):
         return None
     n, k = state.shape
     if k % 64:
         return None
+    blocksize2 = state.blocksize2 if state.code2 is not None else 0
+    if cuda and (state.blocksize, blocksize2) == (64, 256) and (count := processors(device_index)):
+        if (shape := matmul_hopper.shape_for(rows, n, k, count)) is not None:  # these take a bias or none
+            return Variant(device_index, dtype, k, 64, 256, True, shape.rows, True, shape)
     hopper = capability(device_index) >= (9, 0)  # for programmatic dependent launch and bulk prefetches
     if rows <= ROWS and state.blocksize >= 64:
         shape, most = _few(rows, n, k), 4 if rows <= 4 else 8 if rows <= 8 else 16
@@ -106,5 +131,4 @@ def variant_for(device_index: int, dtype: torch.dtype, rows: int, state, bias: b
         shape, most = _many(rows, n, k, state.blocksize), 0
         if shape is None:
             return None
-    blocksize2 = state.blocksize2 if state.code2 is not None else 0
     return Variant(device_index, dtype, k, state.blocksize, blocksize2, bias, most, hopper, shape)
