@@ -1,145 +1,275 @@
 """The frontier of time against memory of a QLoRA step: `memory_budget` at several budgets, and Unsloth's three checkpointing flags.
 
+    python benchmarks/bench_memory_budget.py --tokenizer FOLDER [--budgets auto 8.1GiB ...] [--flags unsloth False]
+    python benchmarks/bench_memory_budget.py --quick        tiny, plain transformers, on a CPU: shows that it runs
+
 A Llama-shaped checkpoint with random weights in 4 bit, LoRA of rank 16 on all seven projections, AdamW in 8 bit, batch 2 x 4096.
-All sides run by turns in one process on one model each; peak is `torch.cuda.max_memory_allocated` of whole steps, optimizer
-included, after the warm-up. The first losses of all sides must be equal.
+Each of Unsloth's flags runs in a process of its own, without this package. Ours runs twice, over Unsloth's layers as they are and
+over `compile_model(scope="block")`; one process each, budget after budget on one model, from the same weights. Peak is
+`torch.cuda.max_memory_allocated` of whole steps, optimizer included, after the warm-up. The first losses of all sides must agree.
+Every row is recorded as soon as it is measured: a side that fails or is given up takes no other's rows with it.
 """
 
 import argparse
 import gc
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import checkpoints
 import record
-import torch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = ["unsloth", True, False]
+FLAGS = ["unsloth", "True", "False"]
 BUDGETS = {
-    "llama-3.1-8b": ["8.1GiB", "10GiB", "12GiB", "16GiB", "20GiB", "28GiB", "auto"],
-    "llama-3.2-1b": ["3GiB", "4GiB", "6GiB", "8GiB", "auto"],
+    "llama-3.1-8b": ["auto", "8.1GiB", "12GiB", "20GiB", "10GiB", "16GiB", "28GiB"],
+    "llama-3.2-1b": ["auto", "3GiB", "4GiB", "6GiB", "8GiB"],
+    "toy": ["auto", "1GiB"],
 }
 CLAIMS = {"8.1GiB": ("8gib", 690), "12GiB": ("12gib", 640), "20GiB": ("20gib", 580), "auto": ("auto", 505)}
+ROW = "ROW "  # what a side's process writes before a row
 
 
-def steps_of(folder: Path, setting, tokens, warm_up: int, steps: int) -> dict:
+def model_of(folder: Path, length: int, flag):
+    import torch
+
+    if not torch.cuda.is_available():  # --quick
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)).train()
     from unsloth import FastLanguageModel
 
-    from unsloth_ext.compiling.memory_controller import budget_on
-
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=tokens.shape[1], load_in_4bit=True, dtype=torch.bfloat16
+        str(folder), max_seq_length=length, load_in_4bit=True, dtype=torch.bfloat16
     )
-    model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=setting, random_state=3407
+    return FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=flag, random_state=3407
     ).train()
+
+
+def optimizer_of(parameters):
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.optim.AdamW(parameters, lr=1e-4)
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return AdamW8bit(parameters, lr=1e-4)
+
+
+def timed(model, tokens, warm_up: int, steps: int) -> dict:
+    """One row's figures: an optimizer of its own, first loss, times and peak."""
+    import torch
+
+    cuda = tokens.is_cuda
+    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad])
 
     def step():
+        start = time.perf_counter()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3, loss.item()
 
-    first = step().item()
+    begun, first = step()
     for _ in range(warm_up):
         step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    peak = torch.cuda.max_memory_allocated()
-    budget = budget_on(model)
-    row = {"setting": str(setting), "unit": "ms", "loss": first, "peak_gib": round(peak / 2**30, 3)}
-    row |= {
-        "step": record.percentiles(times, 2),
-        "tokens_per_s": round(tokens.numel() / statistics.median(times) * 1e3),
-    }
-    if budget is not None:
-        plan = budget.plan
-        row |= {"plan": plan.counts(), "predicted_peak_gib": round(plan.peak / 2**30, 3)}
-        row |= {"predicted_extra_ms": round(plan.extra * 1e3, 1), "host_gib": round(plan.host / 2**30, 2)}
-        row |= {
-            "layer": {
-                cost.name: {
-                    "kept_mib": round(cost.kept / 2**20, 1),
-                    "backward_peak_mib": round(cost.backward_peak / 2**20, 1),
-                    "extra_ms": round(cost.extra * 1e3, 3),
-                }
-                for cost in budget.costs.levels
-            },
-            "link_gb_s": [round(budget.costs.to_host / 1e9, 1), round(budget.costs.from_host / 1e9, 1)],
-        }
-        budget.remove()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = [step()[0] for _ in range(steps)]
+    row = {"unit": "ms", "loss": first, "first step s": round(begun / 1e3, 2)}
+    row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None
+    row["step"] = record.percentiles(times, 2)
+    row["tokens_per_s"] = round(tokens.numel() / statistics.median(times) * 1e3)
     return row
+
+
+def planned(budget) -> dict:
+    """What a budget decided, and what it decided it from."""
+    plan, costs = budget.plan, budget.costs
+    row = {"plan": plan.counts(), "predicted_peak_gib": round(plan.peak / 2**30, 3)}
+    row |= {"predicted_extra_ms": round(plan.extra * 1e3, 1), "host_gib": round(plan.host / 2**30, 2)}
+    row["exceeded_by_mib"] = round(budget.correction / 2**20)
+    row["layer_ms"] = [round(costs.forward * 1e3, 3), round(costs.backward * 1e3, 3)]
+    row["layer"] = {
+        cost.name: {
+            "kept_mib": round(cost.kept / 2**20, 1),
+            "host_mib": round(cost.host / 2**20, 1),
+            "backward_peak_mib": round(cost.backward_peak / 2**20, 1),
+            "extra_ms": round(cost.extra * 1e3, 3),
+        }
+        for cost in costs.levels
+    }
+    return row | {"link_gb_s": [round(costs.to_host / 1e9, 1), round(costs.from_host / 1e9, 1)]}
+
+
+def side(name: str, folder: Path, args) -> None:
+    """One side, in this process; its rows go to standard output."""
+    kind, _, flag = name.partition(": ")
+    if kind != "Unsloth":
+        import unsloth_ext  # noqa: F401  before unsloth
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vocabulary = checkpoints.config_of(args.architecture).vocab_size
+    draw = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, vocabulary - 256, (args.batch, args.length), generator=draw).to(device)
+    model = model_of(folder, args.length, {"True": True, "False": False}.get(flag, flag) if flag else False)
+
+    def tell(setting, row):
+        print(ROW + json.dumps({"side": kind, "setting": setting} | row), flush=True)
+
+    if kind == "Unsloth":
+        tell(flag, timed(model, tokens, args.warm_up, args.steps))
+        return
+    from unsloth_ext.compiling import memory_budget
+
+    if kind == "ours, block":
+        from unsloth_ext.compiling import compile_model
+
+        compile_model(model, "block", **({} if device == "cuda" else {"backend": "aot_eager"}))
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    for setting in args.budgets or BUDGETS[args.architecture]:
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if n in start:
+                    p.copy_(start[n])
+                    p.grad = None
+        budget = memory_budget(model, setting)
+        try:
+            row = timed(model, tokens, args.warm_up, args.steps) | planned(budget)
+        except Exception as error:  # the next budget may do
+            row = {"error": f"{type(error).__name__}: {error}"[:600], "plan": str(budget)}
+        budget.remove()
+        del budget
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        tell(setting, row)
+
+
+def run(name: str, folder: Path, args, keep) -> None:
+    """A side in a process of its own; `keep` gets each of its rows as it comes, and its failure."""
+    environment = dict(os.environ)
+    if name.startswith("Unsloth"):
+        environment["UNSLOTH_EXT_DISABLE"] = "all"
+    environment["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth_")
+    options = ["--warm-up", args.warm_up, "--steps", args.steps, "--batch", args.batch, "--length", args.length]
+    options += ["--architecture", args.architecture, *(["--budgets", *args.budgets] if args.budgets else [])]
+    command = [sys.executable, __file__, "--side", name, str(folder), *map(str, options)]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        timer = threading.Timer(args.limit, process.kill)
+        timer.start()
+        for line in process.stdout:
+            if line.startswith(ROW):
+                keep(json.loads(line.removeprefix(ROW)))
+        code = process.wait()
+        if code:
+            why = f"given up after {args.limit} s" if not timer.is_alive() else f"exit status {code}"
+            errors.seek(0)
+            keep({"side": name, "error": f"{why}: {errors.read()[-1500:]}"})
+        timer.cancel()
+
+
+def claims_of(rows: list[dict], args) -> list[dict]:
+    usual = args.architecture == "llama-3.1-8b" and not args.layers and (args.batch, args.length) == (2, 4096)
+    done = [row for row in rows if "step" in row]
+    if not usual or not done:
+        return []
+    theirs = {row["setting"]: row for row in done if row["side"] == "Unsloth"}
+    from unsloth_ext.patching.release import installed_release
+
+    shown = ", ".join(f"{s} {row['step']['p50']} ms / {row['peak_gib']} GiB" for s, row in theirs.items())
+    baseline = f"Unsloth {installed_release('unsloth')}: {shown or 'not measured in this run'}"
+    claims = []
+    for setting, (name, target) in CLAIMS.items():
+        ours = [r for r in done if r["side"] != "Unsloth" and r["setting"] == setting and not over([r])]
+        if ours:
+            least = min(row["step"]["p50"] for row in ours)
+            claims.append(record.claim(f"compile.8b_{name}.ms", least, "ms", f"<= {target}", baseline))
+    return claims
+
+
+def over(rows: list[dict]) -> list[dict]:
+    return [
+        row
+        for row in rows
+        if row.get("peak_gib") and row["setting"].endswith("GiB") and row["peak_gib"] > float(row["setting"][:-3])
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokenizer", type=Path, help="a folder with the Llama 3 tokenizer (128256 tokens)")
     parser.add_argument("--architecture", default="llama-3.1-8b", choices=BUDGETS)
+    parser.add_argument(
+        "--folder", type=Path, help="the checkpoint in 4 bit; made there if it is missing (a temporary folder)"
+    )
     parser.add_argument("--layers", type=int, help="keep only so many layers (nothing is claimed then)")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--budgets", nargs="*", help="instead of the usual ones")
-    parser.add_argument("--flags", nargs="*", choices=[str(f) for f in FLAGS], help="instead of all three")
+    parser.add_argument("--flags", nargs="*", choices=FLAGS, default=FLAGS, help="instead of all three")
+    parser.add_argument("--ours", nargs="*", choices=("ours", "ours, block"), default=["ours", "ours, block"])
+    parser.add_argument("--limit", type=int, default=300, help="seconds after which a side is given up")
+    parser.add_argument("--quick", action="store_true", help="tiny, plain transformers, any machine; nothing recorded")
+    parser.add_argument("--side", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available() or args.tokenizer is None:
-        print("bench_memory_budget: needs a CUDA card and --tokenizer, left out")
+    if args.quick:
+        args.architecture, args.flags, args.batch, args.length, args.warm_up, args.steps = "toy", [], 2, 48, 1, 3
+    if args.side:
+        side(args.side[0], Path(args.side[1]), args)
         return 0
-    import unsloth_ext  # noqa: F401  isort: skip
-    import unsloth  # noqa: F401
+    import torch
 
-    from unsloth_ext.patching.release import installed_release
-
-    tokens = torch.randint(0, 128000, (args.batch, args.length), device="cuda")
-    flags = FLAGS if args.flags is None else [f for f in FLAGS if str(f) in args.flags]
-    settings = [*flags, *(BUDGETS[args.architecture] if args.budgets is None else args.budgets)]
+    if not args.quick and (not torch.cuda.is_available() or args.tokenizer is None):
+        print("bench_memory_budget: needs a CUDA card and --tokenizer (or --quick), left out")
+        return 0
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints.build(args.architecture, Path(folder), args.tokenizer, args.layers)
-        gc.collect()
-        torch.cuda.empty_cache()
-        for setting in settings:
-            try:
-                row = steps_of(Path(folder), setting, tokens, warm_up=4, steps=args.steps)
-            except (torch.OutOfMemoryError, ValueError) as error:
-                row = {"setting": str(setting), "error": str(error).splitlines()[0]}
-            gc.collect()  # the model of this setting
-            torch.cuda.empty_cache()
-            rows.append({"architecture": args.architecture, "layers": args.layers, "tokens": tokens.numel()} | row)
-            print(rows[-1], flush=True)
-    claims, done = [], {row["setting"]: row for row in rows if "step" in row}
-    usual = args.architecture == "llama-3.1-8b" and not args.layers and (args.batch, args.length) == (2, 4096)
-    theirs = {s: f"{done[s]['step']['p50']} ms / {done[s]['peak_gib']} GiB" for s in map(str, flags) if s in done}
-    baseline = f"Unsloth {installed_release('unsloth')}: " + ", ".join(f"{s} {text}" for s, text in theirs.items())
-    for setting, (name, target) in CLAIMS.items() if usual else ():
-        if setting in done:
-            row = done[setting]
-            claims.append(record.claim(f"compile.8b_{name}.ms", row["step"]["p50"], "ms", f"<= {target}", baseline))
     short = args.architecture.replace("llama-3.1-", "").replace("llama-3.2-", "")
-    record.write(f"memory_budget_{short}" + (f"_{args.layers}_layers" if args.layers else ""), rows, claims)
-    over = [
-        r for r in rows if "step" in r and r["setting"].endswith("GiB") and r["peak_gib"] > float(r["setting"][:-3])
-    ]
-    losses = {round(r["loss"], 4) for r in rows if "step" in r}
-    for text, wrong in (("more than the budget", over), ("losses differ", losses if len(losses) > 1 else ())):
+    name = f"memory_budget_{short}" + (f"_{args.layers}_layers" if args.layers else "")
+
+    def keep(row):
+        rows.append(
+            {"architecture": args.architecture, "layers": args.layers, "tokens": args.batch * args.length} | row
+        )
+        print(rows[-1], flush=True)
+        if not args.quick:
+            record.write(name, rows, claims_of(rows, args))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "config.json").exists():
+            if args.quick:
+                checkpoints.build("toy", folder)
+            else:
+                config = checkpoints.config_of(args.architecture, args.layers)
+                checkpoints.build_nf4(config, folder, args.tokenizer)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for one in [*args.ours[:1], *(f"Unsloth: {flag}" for flag in args.flags), *args.ours[1:]]:
+            run(one, folder, args, keep)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    apart = losses and max(losses) - min(losses) > 5e-3  # of about 12; the sides round in different places
+    for text, wrong in (("more than the budget", over(rows)), ("first losses differ", apart and losses)):
         if wrong:
             print(f"bench_memory_budget: {text}: {wrong}")
-    return 1 if over or len(losses) > 1 else 0
+    return 1 if over(rows) or apart or any("error" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

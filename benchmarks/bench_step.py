@@ -7,10 +7,16 @@ Llama shapes with random weights in 4 bit, LoRA of rank 16 on all seven projecti
 its own, the released Unsloth without this package. A packed batch is one row of 8192 tokens, documents of 200 to 2000; every
 step has another packing, the same for all variants, and the padded case pads the same documents. Tokens are counted without
 padding. The first step is timed apart: it compiles. A row is kept as soon as it is measured: a second call with the same
---work goes on where the first stopped.
+--work goes on where the first stopped. With --jobs several processes load and compile at once; one at a time measures.
+
+The case "1b text" trains 50 steps on the standard library's source text three times from the same weights: twice uncompiled, which is
+the noise of atomics, and compiled. Its row has the largest difference of a loss to the first run's, and that of the gradients of
+the first step.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -19,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import record
@@ -30,9 +37,11 @@ CASES = {  # name -> architecture, kind of batch, rows, tokens a row
     "8b padded": ("llama-3.1-8b", "padded", 1, 8192),
     "1b dense": ("llama-3.2-1b", "dense", 2, 2048),
     "1b packed": ("llama-3.2-1b", "packed", 1, 8192),
+    "1b text": ("llama-3.2-1b", "text", 2, 512),
     "quick dense": ("quick", "dense", 2, 48),
     "quick packed": ("quick", "packed", 1, 96),
     "quick padded": ("quick", "padded", 1, 96),
+    "quick text": ("quick", "text", 2, 48),
 }
 VARIANTS = {  # name -> stack, use_gradient_checkpointing, scope of compile_model (None: not compiled by it)
     "Unsloth, checkpointing 'unsloth'": ("unsloth", "unsloth", None),
@@ -47,6 +56,7 @@ VARIANTS = {  # name -> stack, use_gradient_checkpointing, scope of compile_mode
     "transformers and ours, block": ("transformers and ours", False, "block"),
     "transformers and ours, step": ("transformers and ours", False, "step"),
 }
+SCOPES = ("block", "step")
 QUICK = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=512)  # fmt: skip
 
@@ -91,32 +101,15 @@ def checkpoint(architecture: str, work: Path, tokenizer: Path | None) -> Path:
     if (folder / "config.json").exists():
         return folder
     import checkpoints
+
+    if architecture != "quick":
+        return checkpoints.build_nf4(checkpoints.config_of(architecture), folder, tokenizer)
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    with tempfile.TemporaryDirectory(dir=work) as dense:
-        if architecture == "quick":
-            torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**QUICK)).to(torch.bfloat16).save_pretrained(dense)
-        else:
-            checkpoints.build(architecture, Path(dense))
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            dense, quantization_config=settings, dtype=torch.bfloat16, device_map={"": device}
-        )
-        model.save_pretrained(work / f"{architecture}.part")
-    if tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(work / f"{architecture}.part")
-    (work / f"{architecture}.part").rename(folder)
-    return folder
+    config = LlamaConfig(**QUICK)
+    torch.manual_seed(0)
+    return checkpoints.build_nf4(config, folder, tokenizer)
 
 
 def model_of(folder: Path, stack: str, checkpointing, length: int):
@@ -145,8 +138,21 @@ def model_of(folder: Path, stack: str, checkpointing, length: int):
     return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)).train()
 
 
-def measure(case: str, variant: str, folder: Path, steps: int) -> dict:
+@contextlib.contextmanager
+def alone(lock: str | None):
+    """The card is this process's to measure on."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None = None) -> dict:
     """One row, in this process."""
+    if CASES[case][1] == "text":
+        return losses_of(case, variant, folder)
     stack, checkpointing, scope = VARIANTS[variant]
     if stack in ("ours", "transformers and ours"):
         import unsloth_ext  # noqa: F401  before unsloth
@@ -182,9 +188,11 @@ def measure(case: str, variant: str, folder: Path, steps: int) -> dict:
     first, _, loss = step(0)
     for seed in range(1, 4):  # a second kind of batch, the allocator, the clocks
         step(seed)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times, tokens = zip(*(step(seed)[:2] for seed in range(4, 4 + steps)), strict=True)
+    with alone(lock):
+        step(4)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times, tokens = zip(*(step(seed)[:2] for seed in range(5, 5 + steps)), strict=True)
     row = {"case": case, "variant": variant, "unit": "ms", "step": record.percentiles(times, 2)}
     row["tokens/s"] = record.percentiles([n / t * 1e3 for n, t in zip(tokens, times, strict=True)], 1)
     row["first step s"], row["loss"] = round(first / 1e3, 2), round(loss, 5)
@@ -195,6 +203,63 @@ def measure(case: str, variant: str, folder: Path, steps: int) -> dict:
         report = compiled.report()
         row |= {"graphs": report.graphs, "breaks": report.breaks, "compile s": round(report.compile_seconds, 1)}
     return row
+
+
+def text_batches(folder: Path, rows: int, length: int, count: int, vocabulary: int):
+    """Batches of Python's own source text; of bytes where there is no tokenizer."""
+    import torch
+
+    text = "".join(file.read_text(errors="replace") for file in sorted(Path(os.__file__).parent.glob("*.py"))[:120])
+    if (folder / "tokenizer.json").exists():
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(folder)(text[: rows * length * count * 6])["input_ids"]
+    else:
+        ids = [byte % vocabulary for byte in text.encode()]
+    return torch.tensor(ids[: rows * length * count]).view(count, rows, length)
+
+
+def losses_of(case: str, variant: str, folder: Path) -> dict:
+    """50 steps three times from the same weights: uncompiled, uncompiled again, compiled."""
+    stack, checkpointing, scope = VARIANTS[variant]
+    if stack in ("ours", "transformers and ours"):
+        import unsloth_ext  # noqa: F401  before unsloth
+    import torch
+
+    from unsloth_ext.compiling import compile_model
+
+    device, (_, _, rows, length) = "cuda" if torch.cuda.is_available() else "cpu", CASES[case]
+    model = model_of(folder, stack, checkpointing, length)
+    vocabulary = model.get_base_model().config.vocab_size
+    batches = text_batches(folder, rows, length, 50 if device == "cuda" else 6, vocabulary).to(device)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in trained.items()}
+
+    def run():
+        with torch.no_grad():
+            for n, p in trained.items():
+                p.copy_(start[n])
+        optimizer, losses, gradients = torch.optim.AdamW(trained.values(), lr=2e-4), [], {}
+        for ids in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            gradients = gradients or {n: p.grad.double().cpu() for n, p in trained.items()}
+            optimizer.step()
+            losses.append(loss.detach().double().cpu())
+        return torch.stack(losses), gradients
+
+    def apart(found, wanted):
+        off = sum((found[1][n] - g).square().sum() for n, g in wanted[1].items()).sqrt()
+        whole = sum(g.square().sum() for g in wanted[1].values()).sqrt()
+        return {"loss": (found[0] - wanted[0]).abs().max().item(), "gradients": (off / whole).item()}
+
+    first, noise = run(), run()
+    compiled = compile_model(model, scope, **({} if device == "cuda" else {"backend": "aot_eager"}))
+    found, report = run(), compiled.report()
+    row = {"case": case, "variant": variant, "unit": "nats", "steps": len(batches), "tokens": rows * length}
+    row |= {"uncompiled_again": apart(noise, first), "compiled": apart(found, first), "breaks": report.breaks}
+    return row | {"losses": [[round(x.item(), 5) for x in run[0][::7]] for run in (first, noise, found)]}
 
 
 def claims_of(rows: list[dict]) -> list[dict]:
@@ -235,6 +300,12 @@ def claims_of(rows: list[dict]) -> list[dict]:
         f"Unsloth {release}: {found.get(('8b dense', theirs), {}).get('first step s')} s",
         lambda: found["8b dense", step]["first step s"],
     )
+    for row in (row for row in found.values() if "uncompiled_again" in row):
+        again, target = row["uncompiled_again"]["loss"], f"<= {row['uncompiled_again']['loss']:.6f}"
+        value = round(row["compiled"]["loss"], 6)
+        claims.append(
+            record.claim("compile.loss_difference", value, "nats", target, f"uncompiled, a second time: {again:.6f}")
+        )
     ours = [row for row in found.values() if row["variant"].startswith("ours") and "compile s" in row]
     if ours:
         add("compile.breaks", "breaks", "<= 0", "none: a count", lambda: sum(row["breaks"] for row in ours))
@@ -246,9 +317,13 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="a folder with the Llama 3 tokenizer (128256 tokens)")
     parser.add_argument("--work", type=Path, help="where checkpoints and rows are kept (a temporary folder)")
     parser.add_argument(
-        "--only", default="", help="a regular expression: the cases and variants ('8b packed|ours') to run"
+        "--only",
+        default="",
+        help="regular expressions, separated by ';': the cases and variants ('8b packed|ours') to run, in this order",
     )
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--lock", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=420, help="seconds after which a variant is given up")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny shape, plain transformers, any machine; nothing recorded"
@@ -257,7 +332,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure:
         case, variant, folder = args.measure
-        print(json.dumps(measure(case, variant, Path(folder), args.steps)))
+        print(json.dumps(measure(case, variant, Path(folder), args.steps, args.lock)))
         return 0
     import torch
 
@@ -273,34 +348,52 @@ def run_all(args, work: Path) -> int:
     kept = work / ("quick.jsonl" if args.quick else "step.jsonl")
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(row["case"], row["variant"]) for row in rows if "error" not in row}
-    for case, (architecture, *_) in CASES.items():
-        for variant, (stack, _, _) in VARIANTS.items():
-            if args.quick != (architecture == "quick") or (args.quick and not stack.startswith("transformers")):
-                continue
-            if (case, variant) in done or not re.search(args.only, f"{case}: {variant}"):
-                continue
-            folder = checkpoint(architecture, work, args.tokenizer)
-            row = in_its_own_process(case, variant, folder, args)
+    wanted = [pattern for pattern in args.only.split(";") if pattern] or [""]
+    todo = []  # in the order of the patterns
+    for pattern in wanted:
+        for case, (architecture, kind, *_) in CASES.items():
+            for variant, (stack, _, scope) in VARIANTS.items():
+                if args.quick != (architecture == "quick") or (args.quick and not stack.startswith("transformers")):
+                    continue
+                if kind == "text" and scope not in SCOPES:
+                    continue
+                if (case, variant) in done or (case, variant) in todo or not re.search(pattern, f"{case}: {variant}"):
+                    continue
+                todo.append((case, variant))
+    folders = {name: checkpoint(name, work, args.tokenizer) for name in dict.fromkeys(CASES[c][0] for c, _ in todo)}
+    args.lock = str(work / "measuring")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda one: in_its_own_process(*one, folders[CASES[one[0]][0]], args, kept), todo):
             rows.append(row)
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, flush=True)
+            if not args.quick:
+                record.write("step", [row for row in rows if "error" not in row], claims_of(rows))
     failed = [row for row in rows if "error" in row and (row["case"], row["variant"]) not in done]
-    if not args.quick and rows:
-        record.write("step", [row for row in rows if "error" not in row], claims_of(rows))
     return 1 if failed else 0
 
 
-def in_its_own_process(case: str, variant: str, folder: Path, args) -> dict:
+def in_its_own_process(case: str, variant: str, folder: Path, args, kept: Path) -> dict:
+    row = run_alone(case, variant, folder, args)
+    with kept.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+    return row
+
+
+def run_alone(case: str, variant: str, folder: Path, args) -> dict:
     environment = dict(os.environ)
     if VARIANTS[variant][0] in ("unsloth", "transformers"):
         environment["UNSLOTH_EXT_DISABLE"] = "all"
     environment["UNSLOTH_EXT_PACKED"] = "1"
+    caches = Path(args.lock).parent / f"caches of {case}, {variant}"  # cold, and nobody else's
+    environment |= {
+        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+    }
     steps = min(args.steps, 4) if args.quick else args.steps
-    command = [sys.executable, __file__, "--steps", str(steps), "--measure", case, variant, str(folder)]
+    command = [sys.executable, __file__, "--steps", str(steps), "--lock", args.lock, "--measure", case, variant]
     try:
         process = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=args.limit, check=False
+            [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=args.limit, check=False
         )
     except subprocess.TimeoutExpired:
         return {"case": case, "variant": variant, "error": f"not done in {args.limit} s"}

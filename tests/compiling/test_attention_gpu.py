@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from unsloth_ext.compiling import attention
 from unsloth_ext.compiling.attention import packed_attention, refusal
+from unsloth_ext.compiling.attention_efficient import efficient_attention
 from unsloth_ext.compiling.attention_flex import block_masks
 
 pytestmark = pytest.mark.gpu
@@ -85,6 +86,20 @@ def test_empty_documents(backend):
         pytest.skip(reason)
     found = result_and_gradients(packed_attention, *row, boundaries(lengths, "cuda"), 384, backend=backend)
     assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_efficient_operator(window):
+    """Its fake kernel, its schema and its gradient's registration; also for a bound above the row's length."""
+    lengths = [90, *random_lengths(3, 100)]
+    row = row_on_card(lengths, torch.bfloat16, 64)
+    for bound in (128, 2048):
+        inputs = (*row[:3], boundaries(lengths, "cuda"), bound, 0.125, window)
+        torch.library.opcheck(
+            efficient_attention, inputs, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
+    found = result_and_gradients(packed_attention, *row, boundaries(lengths, "cuda"), 2048, backend="efficient")
+    assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.bfloat16]
 
 
 def test_a_row_too_long_for_one_flash_call(monkeypatch):

@@ -1,4 +1,8 @@
-"""The gate: Unsloth's Llama training step, forward and loss, in one graph, counted over random batches and packings."""
+"""The gate: Unsloth's Llama training step, forward and loss, in one graph, counted over random batches and packings.
+
+Dynamo differs from torch to torch: what 2.13 traces, 2.11 may refuse. UNSLOTH_EXT_OTHER_TORCH names folders (as PATH does), each made
+with `pip install --target FOLDER torch==...`; the gate runs once more with each.
+"""
 
 import json
 import os
@@ -19,19 +23,24 @@ pytestmark = [
 ]
 
 
-def gate(tmp_path, *options):
+TORCHES = ["", *filter(None, os.environ.get("UNSLOTH_EXT_OTHER_TORCH", "").split(os.pathsep))]
+
+
+def gate(tmp_path, *options, torch_in=""):
     env = {name: value for name, value in os.environ.items() if not name.startswith("UNSLOTH")}
     env |= {"UNSLOTH_EXT_STRICT": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     env |= {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth_compiled_cache")}
-    env["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")))
+    path = (torch_in, str(Path(__file__).parents[2]), env.get("PYTHONPATH", ""))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [sys.executable, str(Path(__file__).with_name("compile_gate.py")), *options]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
-def test_the_step_is_one_graph_for_batches_and_one_for_packings(tmp_path):
-    found, output = gate(tmp_path)
+@pytest.mark.parametrize("torch_in", TORCHES)
+def test_the_step_is_one_graph_for_batches_and_one_for_packings(tmp_path, torch_in):
+    found, output = gate(tmp_path, torch_in=torch_in)
     batches, packings = found["batches"], found["packings"]
     assert batches["calls"] == packings["calls"] == 64 and batches["plain"] == packings["plain"] == {}
     assert batches["breaks"] == packings["breaks"] == 0, output

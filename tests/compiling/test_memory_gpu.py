@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from memory_models import assert_equal, hold, model_of, tokens_of, trained
+from memory_models import hold, model_of, tokens_of, trained
 
 from unsloth_ext.compiling.memory_controller import memory_budget
 from unsloth_ext.compiling.recompute import LEVELS
@@ -15,18 +15,32 @@ def card_model(**options):
     return model_of(**settings).cuda(), tokens_of(4, 1024).cuda()
 
 
+def differences(found, expected):
+    """What is not equal in every bit, in words."""
+    pairs = [("loss", found[0], expected[0]), *((name, found[1][name], g) for name, g in expected[1].items())]
+    return [
+        f"{name}: off by {(a.double() - b.double()).abs().max():.3g} of {b.abs().max():.3g}"
+        for name, a, b in pairs
+        if not torch.equal(a, b)
+    ]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_every_level_has_the_same_bits(dropout):
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(
+        True
+    )  # not warn_only: with that flash attention sums dQ with atomics all the same
     try:
         model, tokens = card_model(dropout=dropout)
         expected = trained(model, tokens)
-        assert_equal(trained(model, tokens), expected)  # the step itself is deterministic
-        budget = memory_budget(model, "auto")
+        assert not differences(trained(model, tokens), expected)  # the step itself is deterministic
+        budget, wrong = memory_budget(model, "auto"), {}
         for level in LEVELS:
             hold(budget, level)
-            for _ in range(2):
-                assert_equal(trained(model, tokens), expected)
+            for again in range(2):
+                if found := differences(trained(model, tokens), expected):
+                    wrong[level, again] = (len(found), found[:3])
+        assert not wrong
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -45,13 +59,16 @@ def test_budgets_hold_and_predictions_agree():
 
     everything = peak_of_steps()
     static = torch.cuda.memory_allocated()
+    rows = []
     for share in (0.35, 0.5, 0.7, 0.9):
         amount = int(static + share * (everything - static))
         budget = memory_budget(model, f"{amount}B")
-        peak = peak_of_steps()
-        assert peak <= amount, (share, str(budget))
-        assert peak == pytest.approx(budget.plan.peak, rel=0.1), (share, str(budget))
+        rows.append((share, amount, peak_of_steps(), budget.plan.peak, budget.correction, str(budget)))
+        print(rows[-1], {c.name: (c.kept, c.host, c.forward_peak, c.backward_peak) for c in budget.costs.levels})
         budget.remove()
+    for share, amount, peak, predicted, *_ in rows:
+        assert peak <= amount, (share, rows)
+        assert peak == pytest.approx(predicted, rel=0.1), (share, rows)
 
 
 def test_offloaded_bytes_leave_the_card():

@@ -7,8 +7,8 @@ A packed row is described by two things, both computed once a batch and outside 
   on every torch served (torch 2.11's `varlen_attn` refuses them above it), has a C++ backward, and costs none of the 37
   microseconds that a Python operator costs. fp16 and bf16, head sizes to 256, Ampere or newer; no softcap.
   `torch.nn.attention.activate_flash_attention_impl` swaps FlashAttention 3 or 4 in under it.
-- "efficient": aten's memory-efficient kernel over the same boundaries: older cards (a T4), fp32, head sizes to 512. It knows
-  no groups: key and value heads are repeated.
+- "efficient": aten's memory-efficient kernel over the same boundaries (`attention_efficient.py`): older cards (a T4), fp32,
+  head sizes to 512.
 - "flex": torch's flex attention with block masks made from the boundaries (`attention_flex.py`). Softcap, any dtype.
 - "exact": a document at a time in fp32 (`attention_exact.py`). What a CPU runs; the others are tested against it.
 
@@ -21,8 +21,7 @@ import torch
 
 BACKENDS = ("flash", "efficient", "flex", "exact")
 
-# What "auto" tries, in this order: compute capability -> backends. The order of None is for cards not measured.
-PREFERRED: dict[tuple[int, int] | None, tuple[str, ...]] = {None: ("flash", "efficient", "flex")}
+PREFERRED = ("flash", "efficient", "flex")  # what "auto" tries, in this order
 
 # Flash attention 2's variable-length backward indexes its fp32 buffer of (T + 128 n) * H * D elements with an int32.
 _INT32 = 2**31
@@ -60,7 +59,9 @@ def packed_attention(
     if backend == "flash":
         return _flash(query, key, value, cu_seqlens, max_seqlen, scale, window)
     if backend == "efficient":
-        return _efficient(query, key, value, cu_seqlens, max_seqlen, scale, window)
+        from .attention_efficient import efficient_attention
+
+        return efficient_attention(query, key, value, cu_seqlens, max_seqlen, scale, window)[0]
     if backend == "flex":
         from .attention_flex import block_masks, flex_packed_attention
 
@@ -77,9 +78,8 @@ def choose(query: torch.Tensor, softcap: float | None = None) -> str:
     """The backend that "auto" means for this query."""
     if query.device.type == "cpu":
         return "exact"
-    order = PREFERRED.get(_capability(query.device.index), PREFERRED[None])
     reasons = {}
-    for backend in order:
+    for backend in PREFERRED:
         reason = refusal(backend, query, softcap)
         if not reason:
             return backend
@@ -114,14 +114,13 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
         return f"fp16 or bf16, not {query.dtype}"
     if width > 256:
         return f"head sizes to 256, this is {width}"
-    capability = _capability(query.device.index)
-    return "" if capability is None or capability >= (8, 0) else f"Ampere or newer, this card is {capability}"
+    return "it needs Ampere or newer, this card is older" if _too_old(query.device.index) else ""
 
 
 @torch.compiler.assume_constant_result
-def _capability(index):
-    """None where there is no card: tensors that only pretend to be on one are traced as on a new one."""
-    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+def _too_old(index: int | None) -> bool:
+    """A plain bool: torch 2.11 cannot trace a comparison with a tuple that came up as a constant."""
+    return torch.cuda.device_count() > 0 and torch.cuda.get_device_capability(index) < (8, 0)
 
 
 def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):
@@ -156,28 +155,6 @@ def _flash_call(query, key, value, cu_seqlens, max_seqlen, scale, window):
         window_size_left=-1 if window is None else window - 1,
         window_size_right=0,
     )[0]
-
-
-def _efficient(query, key, value, cu_seqlens, max_seqlen, scale, window):
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return torch.ops.aten._efficient_attention_forward(
-        query.unsqueeze(0),
-        key.unsqueeze(0),
-        value.unsqueeze(0),
-        None,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        0.0,
-        1,  # causal, from each document's top left corner
-        needs_grad,
-        scale=scale,
-        window_size=window,
-    )[0].squeeze(0)
 
 
 def _check(query, key, value, cu_seqlens, window, softcap):

@@ -36,8 +36,9 @@ def explain(error: BaseException, root: torch.nn.Module, limit: int) -> CompileE
             "CompiledModel.report() says what made each new graph necessary; pad batches or keep their kinds apart.",
         )
     path, place = _place(error, root)
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     lines = [line.strip() for line in str(error).splitlines()]
+    first = " ".join([line for line in lines if line][:2]) or type(error).__name__
+    first = first if "raised: " in first else next((line for line in lines if line), type(error).__name__)
     explanation = " ".join(
         line
         for line in lines
@@ -48,7 +49,7 @@ def explain(error: BaseException, root: torch.nn.Module, limit: int) -> CompileE
     if "unsloth/utils/packing.py" in place.replace("\\", "/"):
         hint = "For packed batches Unsloth needs UNSLOTH_EXT_PACKED=1, set before unsloth_ext is imported."
     return CompileError(
-        f"{where} cannot be traced: {first.strip()}{'. ' + explanation if explanation else ''}{place}",
+        f"{where} cannot be traced: {first}{'. ' + explanation if explanation else ''}{place}",
         f"{hint} Nothing was run uncompiled; CompiledModel.restore() gives the model back as it was.",
         module=path,
     )
@@ -61,9 +62,9 @@ def _place(error, root):
     traceback = error.__traceback__
     while traceback is not None:
         translator = traceback.tb_frame.f_locals.get("self")
-        traced = getattr(translator, "symbolic_locals", None)
-        if isinstance(traced, dict):
-            for variable in traced.values():
+        # Only of a translator: asked for an attribute, a lazy variable would begin to trace, and the trace is over.
+        if isinstance(translator, torch._dynamo.symbolic_convert.InstructionTranslatorBase):
+            for variable in getattr(translator, "symbolic_locals", {}).values():
                 module = _module(variable)
                 if id(module) in names:
                     path = names[id(module)]

@@ -27,6 +27,7 @@ import torch
 from ..errors import Refused, UsageError
 from .compile_failure import compiler_errors, explain
 from .compile_report import CompileReport, Ledger
+from .constant_outputs import constants_among_outputs
 from .input_gradients import trace_input_gradients
 from .packed import packed_arguments
 
@@ -195,6 +196,7 @@ def _settings():
         yield
         return
     with (
+        constants_among_outputs(),
         # Else two sizes that are equal by chance, a head's width and the batch's length, are one symbol.
         torch.fx.experimental._config.patch(use_duck_shape=False),
         torch._dynamo.config.patch(

@@ -27,7 +27,7 @@ from .offload import Offloader
 from .recompute import LEVELS
 
 logger = logging.getLogger(__name__)
-_STEP = 64 * 2**20  # memory that was there before the forward is rounded up to this, so that plans are found again
+_STEP = 8 * 2**20  # memory that was there before the forward is rounded up to this, so that plans are found again
 
 
 def memory_budget(
@@ -161,7 +161,7 @@ class MemoryBudget:
         x = memory_layers.hidden_states(args, kwargs)
         tokens, sequence = x.numel() // x.shape[-1], x.shape[-2]
         if self.offloader is not None:
-            self.offloader.settle()
+            self.offloader.drain()  # of a forward that no backward followed
         if self._out_of_memory() > self._ooms:
             self.correction += max(2**28, self.limit() // 20)
             self._plans.clear()
@@ -178,8 +178,6 @@ class MemoryBudget:
         self.plan = plan
         for one, name in zip(self.states, plan.levels, strict=True):
             one.level = LEVELS[name]
-        if self.offloader is not None:
-            self.offloader.limit = plan.limit
         started = _Pass(plan, tokens, sequence)
         started.measuring = self.loss_bytes is None and self.device.type == "cuda"
         started.peak_before = self.meter.peak()
@@ -231,11 +229,11 @@ class MemoryBudget:
         if current is None:  # a layer called by itself
             return inner(*args, **kwargs)
         out, frame = memory_layers.run_layer(state, layer, inner, args, kwargs, state.level, self.scripts)
+        if self.offloader is not None:
+            self.offloader.drain()  # what the layer before has sent
         if frame is not None:
             sent = current.sent.setdefault(state.index, [])
             memory_layers.settle(state, layer, frame, state.level, self.scripts, lambda value: self._send(value, sent))
-        if self.offloader is not None:
-            self.offloader.settle()
         tensor = out[0] if isinstance(out, (tuple, list)) else out
         if tensor.requires_grad and (current.sent or state.index in (0, self._last)):
             tensor.register_hook(lambda gradient, index=state.index: self._reached(current, index))
@@ -255,16 +253,11 @@ class MemoryBudget:
             current.measuring = False
             self.loss_bytes = (self.meter.peak() - current.after_layers) / current.tokens
             self._plans.clear()
-        under_way = 0
         for below in (index, index - 1):
             for ref in current.sent.get(below, ()):
                 value = ref()
-                if value is None or value.storage is not None or value.restored is not None:
-                    continue
-                if below != index and under_way + value.nbytes > max(self.offloader.limit, value.nbytes):
-                    break
-                under_way += value.nbytes
-                self.offloader.fetch(value)
+                if value is not None and value.restored is None and not self.offloader.call_off(value):
+                    self.offloader.fetch(value)
         if index == 0 and self.device.type == "cuda":
             over = self.meter.peak() - current.plan.peak
             if self.meter.peak() > current.peak_before and over > 0:

@@ -1,18 +1,20 @@
 """Which layers keep, compute again or offload what: the fastest arrangement whose peak fits.
 
 The model of the peak. A step allocates, on top of what is there before the forward (`static`): what each layer keeps for its
-backward, the loss's own peak, and in the backward the working set of the layer that is being differentiated. With layers 0..L-1
+backward, the loss's own peak, and in the backward the working set of the layer that is being differentiated. What a layer sends
+to the host leaves while the next one computes, and comes back while the layer after it is differentiated (offload.py). So with
+layers 0..L-1
 
-    after the forward    static + sum of kept + copies under way + loss
-    backward of layer i  static + kept of layers 0..i-1 + copies under way + backward_peak of layer i
-    forward of layer i   static + kept of layers 0..i-1 + copies under way + forward_peak of layer i
+    forward of layer i   static + kept of layers 0..i-1 + sent by layer i-1 + forward_peak of layer i
+    after the forward    static + sum of kept + sent by layer L-1 + loss
+    backward of layer i  static + kept of layers 0..i-1 + sent by layer i-1 + backward_peak of layer i
 
 since the backward frees layer L-1 first. So levels with a large working set (a whole layer computed again) belong to the first
 layers, whose backward runs when the others' memory is free again, and levels that keep all belong to the last.
 
-The model of time: the measured extra time of each layer's level, plus what copies to and from the host take beyond the compute
-they hide behind. Two budgets (device memory, the link) constrain one choice a layer, so an optimum mixes at most three levels;
-all mixtures of three are tried, in one numpy evaluation for each triple. Layers are taken as equal: the probe measures the
+The model of time: the measured extra time of each layer's level, plus what its copies take beyond the one layer's compute that
+they hide behind. With memory and host memory to be bounded and one choice a layer, an optimum mixes at most three levels; all
+mixtures of three are tried, in that order, in one numpy evaluation for each triple. Layers are taken as equal: the probe measures the
 costliest kind of layer.
 """
 
@@ -58,6 +60,12 @@ class Costs:
     to_host: float = 1.0  # bytes a second
     from_host: float = 1.0
 
+    def seconds(self, cost: LevelCost) -> float:
+        """What a layer at this level adds to the step: its own extra, and waiting for its copies."""
+        out = cost.host / self.to_host - self.forward
+        back = cost.host / self.from_host - self.backward - cost.extra
+        return cost.extra + (max(0.0, out) + max(0.0, back) if cost.host else 0.0)
+
     def scaled(self, tokens: int, sequence: int) -> Costs:
         """The costs of another batch: linear in tokens; rows longer than the probed ones count as quadratic (masks, softmax)."""
         ratio = tokens / self.tokens * max(1.0, sequence / self.sequence)
@@ -75,12 +83,12 @@ class Costs:
 @dataclass(frozen=True)
 class Plan:
     """levels: the name of each layer's level. peak: predicted, in bytes, static included. extra: predicted seconds a step beyond
-    keeping everything. limit: bytes of copies that may be under way. host: bytes of host memory."""
+    keeping everything. kept: bytes that all layers keep on the device. host: bytes of host memory."""
 
     levels: tuple[str, ...]
     peak: int
     extra: float
-    limit: int
+    kept: int
     host: int
     static: int
 
@@ -92,16 +100,15 @@ class Plan:
         return f"{levels}; peak {self.peak / 2**30:.2f} GiB, + {self.extra * 1e3:.0f} ms a step, {self.host / 2**30:.2f} GiB on the host"
 
 
-def peak_of(costs: Costs, levels, static: int, loss: int, limit: int) -> int:
+def peak_of(costs: Costs, levels, static: int, loss: int) -> int:
     """The predicted peak of an arrangement, layer by layer (the definition; `best` uses its closed form)."""
     by_name = {cost.name: cost for cost in costs.levels}
-    below, peak, copies = 0, 0, 0
+    below, peak, sent = 0, 0, 0
     for name in levels:
         cost = by_name[name]
-        copies = limit if copies or cost.host else 0
-        peak = max(peak, below + copies + max(cost.backward_peak, cost.forward_peak))
-        below += cost.kept
-    return static + max(peak, below + copies + loss)
+        peak = max(peak, below + sent + max(cost.backward_peak, cost.forward_peak))
+        below, sent = below + cost.kept, cost.host
+    return static + max(peak, below + sent + loss)
 
 
 def best(
@@ -115,7 +122,7 @@ def best(
     """
     found, least = None, None
     for plan in _mixtures(costs, layers, budget, static, loss, host_memory):
-        if plan.peak <= budget and (found is None or (plan.extra, -plan.peak) < (found.extra, -found.peak)):
+        if plan.peak <= budget and (found is None or (plan.extra, -plan.kept) < (found.extra, -found.kept)):
             found = plan
         if least is None or plan.peak < least:
             least = plan.peak
@@ -156,27 +163,28 @@ def _mixtures(costs, layers, budget, static, loss, host_memory):
                 lambda c: c.kept,
                 lambda c: c.host,
                 lambda c: max(c.backward_peak, c.forward_peak),
-                lambda c: c.extra,
+                costs.seconds,
             )
         )
         used = counts > 0
-        limit = 2 * (host * used).max(0)  # one layer's copies under way, the next one's begun
         below = np.cumsum(counts * kept, 0)
-        copies = np.maximum.accumulate(used & (host > 0), 0) * limit
-        layer_peak = (np.where(used, below - kept + work + copies, 0)).max(0)
-        peak = static + np.maximum(layer_peak, below[-1] + copies[-1] + loss)
+        first_below = below - counts * kept
+        layer_peak, sent = np.zeros_like(below[0]), np.zeros_like(below[0])
+        for i in range(3):  # the first layer of a level comes after another level, its last one after its own
+            at_first = first_below[i] + sent + work[i]
+            at_last = np.where(counts[i] > 1, below[i] - kept[i] + host[i] + work[i], 0)
+            layer_peak = np.where(used[i], np.maximum(layer_peak, np.maximum(at_first, at_last)), layer_peak)
+            sent = np.where(used[i], host[i], sent)
+        peak = static + np.maximum(layer_peak, below[-1] + sent + loss)
         bytes_out = (counts * host).sum(0)
         time = (counts * extra).sum(0)
-        stall = np.maximum(0, bytes_out / costs.to_host - layers * costs.forward)
-        stall = stall + np.maximum(0, bytes_out / costs.from_host - layers * costs.backward - time)
-        time = time + stall
         allowed = np.ones_like(peak, bool) if host_memory is None else bytes_out <= host_memory
         if not allowed.any():
             continue
         fits = allowed & (peak <= budget)
         chosen = {int(np.lexsort((time, np.where(allowed, peak, np.inf)))[0])}
         if fits.any():
-            chosen.add(int(np.lexsort((-peak, np.where(fits, time, np.inf)))[0]))
+            chosen.add(int(np.lexsort((-below[-1], np.where(fits, time, np.inf)))[0]))
         for i in chosen:
             levels = tuple(c.name for c, n in zip(triple, counts[:, i], strict=True) for _ in range(n))
-            yield Plan(levels, int(peak[i]), float(time[i]), int(limit[i]), int(bytes_out[i]), static)
+            yield Plan(levels, int(peak[i]), float(time[i]), int(below[-1][i]), int(bytes_out[i]), static)

@@ -5,8 +5,9 @@ that follow wait for it in the stream. Device memory is only ever allocated on t
 for that stream before it writes, and the reader waits for the copy (where nobody reads, the value's end does), so the allocator
 needs no `record_stream`.
 
-A storage that is on its way out stays alive until its copy has ended. `limit` bounds how much may be under way (out or back):
-beyond it the computing stream waits for the oldest copy (the host never waits). The plan counts this many bytes.
+A storage that is on its way out stays alive until its copy has ended. A layer's copies have the next layer's forward for it: at
+the end of that the computing stream waits for what is left of them (the host never waits), so that a layer's bytes at most are
+under way, which is what the plan counts.
 
 On a CPU the "host" is the same memory: the copies are made at once, which keeps the numbers of bytes and the order testable.
 """
@@ -65,9 +66,7 @@ class Offloader:
         self.device, self.cuda = device, device.type == "cuda"
         self.memory = HostMemory(pinned=self.cuda)
         self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.limit = 0
         self.leaving: deque = deque()  # (event, value) of copies that are under way
-        self.under_way = 0
 
     def send(self, value: Value) -> None:
         """Start the copy to the host; the storage is let go when the copy has ended."""
@@ -84,20 +83,22 @@ class Offloader:
             target.copy_(source, non_blocking=True)
             event = self.stream.record_event()
         self.leaving.append((event, value))
-        self.under_way += value.nbytes
-        self.settle()
 
-    def settle(self) -> None:
-        """Let go of what has left, and of the oldest beyond `limit` even if that means that the computing stream waits."""
+    def drain(self) -> None:
+        """Let go of everything that is on its way out: what computes next waits until it has left."""
         while self.leaving:
-            event, value = self.leaving[0]
+            event, value = self.leaving.popleft()
             if not event.query():
-                if self.under_way <= self.limit:
-                    break
                 torch.cuda.current_stream(self.device).wait_event(event)
-            self.leaving.popleft()
-            self.under_way -= value.nbytes
             value.storage = None
+
+    def call_off(self, value: Value) -> bool:
+        """Keep a value that is still on its way out, because it is wanted. Whether it was."""
+        if value.storage is None:
+            return False
+        self.leaving = deque(pair for pair in self.leaving if pair[1] is not value)
+        value.host = None
+        return True
 
     def fetch(self, value: Value) -> None:
         """Start the copy back; `value.ready` waits for it."""
