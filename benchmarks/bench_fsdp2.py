@@ -35,9 +35,11 @@ SIDES = {
     "upstream-sharded": "Unsloth's FSDP2, sharded",
     "accelerate": "accelerate's FSDP2, plain transformers and peft",
     "ours": "UNSLOTH_EXT_FSDP2=1, Unsloth's model read in slices",
+    "ours-collective": "the same, gathered by NCCL (gather=collective)",
     "ours-sliced": "unsloth_ext's load and shard, plain transformers and peft",
     "ours-whole": "unsloth_ext's shard, on Unsloth's model loaded whole",
 }
+SWITCHED = ("ours", "ours-collective")
 UPSTREAM = ("upstream-auto", "upstream-sharded")
 PLAIN = ("accelerate", "ours-sliced")  # without Unsloth
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -112,7 +114,7 @@ def by_accelerate(args, device):
 def prepare(side, args, device):
     """(model, what to be inside of for a step)"""
     nothing = contextlib.nullcontext
-    if side == "ours":
+    if side in SWITCHED:
         from unsloth_ext.fsdp2.trainer import shard_for_trainer
 
         # What the switch does at the start of a Trainer.
@@ -156,7 +158,7 @@ def measure(side, args) -> None:
     if args.unsloth and side not in PLAIN:
         import unsloth_ext  # isort: skip
         import unsloth  # noqa: F401
-    elif side == "ours":
+    elif side in SWITCHED:
         import unsloth_ext  # noqa: F401
     import torch.distributed as dist
 
@@ -272,8 +274,9 @@ def run_side(side, args, folder: Path) -> dict:
             options += [f"--{name.replace('_', '-')}", str(value)]
     options += [flag for flag, on in (("--cpu", args.cpu), ("--unsloth", args.unsloth)) if on]
     switches = {"UNSLOTH_FSDP2": "1" if side in UPSTREAM else None, "UNSLOTH_EXT_FSDP2": None}
-    if side == "ours":
-        switches["UNSLOTH_EXT_FSDP2"] = f"residency={args.residency}"
+    if side in SWITCHED:
+        gather = "collective" if side == "ours-collective" else "auto"
+        switches["UNSLOTH_EXT_FSDP2"] = f"residency={args.residency},gather={gather}"
     name = f"fsdp2_{args.case}_{side}{'_capped' if args.cap_gib else ''}"
     found = launch.run(
         str(Path(__file__)), options, folder / f"{name}-{os.getpid()}.json", 1 if side == "one" else args.nproc, args.limit,

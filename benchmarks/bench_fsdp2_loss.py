@@ -6,6 +6,8 @@
 A Llama-3.2-1B-shaped NF4 checkpoint with random weights, plain transformers, peft and trl, LoRA of rank 16, 20 steps of four rows of
 the standard library's sources. A row is a micro-batch everywhere, so that its forward has the same shapes on one card and on
 several. Adapters are kept in float32: trl would turn those of a 4-bit model to bfloat16, whose rounding hides what is compared here.
+Under bfloat16 autocast two orders of one sum end in different roundings, and runs drift apart by themselves: DDP, which shards
+nothing, says by how much, and the same runs in float32 say what is left without it.
 """
 
 import argparse
@@ -52,10 +54,11 @@ def train(kind: str, args) -> list[float]:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     world = int(os.environ.get("WORLD_SIZE", 1))
+    dtype = getattr(torch, args.precision)
     if args.cpu:
-        dtype, tokenizer, place = torch.float32, byte_tokenizer(), "cpu"
+        tokenizer, place = byte_tokenizer(), "cpu"
     else:
-        dtype, tokenizer = torch.bfloat16, AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         place = int(os.environ.get("LOCAL_RANK", 0))
         tokenizer.pad_token = tokenizer.pad_token or "<|finetune_right_pad_id|>"
     model = AutoModelForCausalLM.from_pretrained(
@@ -69,9 +72,9 @@ def train(kind: str, args) -> list[float]:
             module.support_avx512bf16_for_cpu = False  # bitsandbytes' evaluation there wants other sizes
     count, length = args.steps * ROWS, 32 if args.tiny else 512
     options = dict(
-        output_dir=str(Path(args.row).parent / f"{kind}-{world}"), max_steps=args.steps, per_device_train_batch_size=1,
+        output_dir=str(Path(args.row).with_suffix("")), max_steps=args.steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=ROWS // world, learning_rate=args.learning_rate, logging_steps=1, report_to="none", seed=7,
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=not args.cpu, use_cpu=args.cpu,
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=dtype == torch.bfloat16, use_cpu=args.cpu,
         max_length=length, lr_scheduler_type="linear", optim="adamw_torch",
     )  # fmt: skip
     if kind == "sft":
@@ -86,8 +89,9 @@ def train(kind: str, args) -> list[float]:
             model=model, args=DPOConfig(**options), train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
         )  # fmt: skip
     trainer.train()
-    if world > 1 and not type(trainer.model).__name__.startswith("FSDP"):
-        raise RuntimeError(f"{kind}: the model was not sharded, but is a {type(trainer.model).__name__}")
+    sharded = type(trainer.model).__name__.startswith("FSDP")
+    if sharded != ("UNSLOTH_EXT_FSDP2" in os.environ):
+        raise RuntimeError(f"{kind}: the model is a {type(trainer.model).__name__}")
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -105,6 +109,22 @@ def work(args) -> None:
         dist.destroy_process_group()
 
 
+def _claims(rows, record, args) -> list[dict]:
+    """Of both trainers or of none."""
+    claims = []
+    for precision, name in (("bfloat16", "fsdp2.loss_difference"), ("float32", "fsdp2.loss_difference_float32")):
+        done = [row for row in rows if row["precision"] == precision and "sharded from one card" in row]
+        if len(done) == len(KINDS):
+            worst = round(max(row["sharded from one card"] for row in done), 6)
+            said = (
+                f"one card, {args.steps} steps of SFT and of DPO by trl's trainers in {precision}, {args.nproc} ranks"
+            )
+            if others := [row["DDP from one card"] for row in done if "DDP from one card" in row]:
+                said += f"; DDP's: {max(others):.6f}"
+            claims.append(record.claim(name, worst, "", "<= 0.001", said))
+    return claims
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="ranks that are compared with one card")
@@ -112,10 +132,11 @@ def parse():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--limit", type=int, default=300, help="seconds a run")
     parser.add_argument("--tiny", action="store_true", help="a toy model")
     parser.add_argument("--cpu", action="store_true", help="on gloo; with --tiny")
-    for hidden in ("--worker", "--row", "--checkpoint"):
+    for hidden in ("--worker", "--row", "--checkpoint", "--precision"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -136,7 +157,7 @@ def main() -> int:
     if not args.cpu and (torch.cuda.device_count() < args.nproc or args.tokenizer is None):
         print(f"bench_fsdp2_loss: needs {args.nproc} CUDA cards and --tokenizer, left out")
         return 0
-    rows, claims = [], []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = checkpoints.config_of("toy" if args.tiny else "llama-3.2-1b")
@@ -152,42 +173,30 @@ def main() -> int:
         ]
         options += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
         options += [flag for flag, on in (("--tiny", args.tiny), ("--cpu", args.cpu)) if on]
-        for kind in args.kinds:
+        wanted = [(kind, precision) for precision in args.precisions for kind in args.kinds]
+        for kind, precision in wanted:
             found = {}
-            for ranks in (1, args.nproc):
-                found[ranks] = launch.run(
-                    str(Path(__file__)), ["--worker", kind, *options], folder / f"{kind}-{ranks}.json", ranks, args.limit,
-                    cpu=args.cpu, log=f"fsdp2_loss_{kind}_{ranks}", UNSLOTH_FSDP2=None,
-                    UNSLOTH_EXT_FSDP2="1" if ranks > 1 else None,
+            for side, ranks, switch in (("one card", 1, None), ("sharded", args.nproc, "1"), ("DDP", args.nproc, None)):
+                if side == "DDP" and precision == "float32":
+                    continue
+                name = f"{kind}-{precision}-{side.replace(' ', '-')}"
+                run = launch.run(
+                    str(Path(__file__)), ["--worker", kind, "--precision", precision, *options], folder / f"{name}.json", ranks,
+                    args.limit, cpu=args.cpu, log=f"fsdp2_loss_{name}", UNSLOTH_FSDP2=None, UNSLOTH_EXT_FSDP2=switch,
                 )  # fmt: skip
-                if isinstance(found[ranks], str):
-                    print(f"{kind} on {ranks}: no figures: {found[ranks]}", flush=True)
-            if any(isinstance(run, str) for run in found.values()):
-                continue
-            one, many = found[1]["losses"], found[args.nproc]["losses"]
-            if len(one) != args.steps or len(many) != args.steps:
-                print(f"{kind}: {len(one)} and {len(many)} losses, not {args.steps}", flush=True)
-                continue
-            worst = launch.apart(one, many)
-            rows.append(
-                {
-                    "kind": kind,
-                    "ranks": args.nproc,
-                    "unit": "nats",
-                    "one card": one,
-                    "sharded": many,
-                    "difference": worst,
-                }
-            )
-            print(f"{kind}: {one[0]} -> {one[-1]}, most apart {worst:.6f}", flush=True)
-            # Of both trainers or of none.
-            if len(rows) == len(KINDS):
-                worst = round(max(row["difference"] for row in rows), 6)
-                said = f"one card, {args.steps} steps of SFT and of DPO by trl's trainers, {args.nproc} ranks"
-                claims = [record.claim("fsdp2.loss_difference", worst, "", "<= 0.001", said)]
+                if isinstance(run, str) or len(run["losses"]) != args.steps:
+                    print(f"{name}: no figures: {run}", flush=True)
+                else:
+                    found[side] = run["losses"]
+            row = {"kind": kind, "precision": precision, "ranks": args.nproc, "unit": "nats", **found}
+            for side in ("sharded", "DDP"):
+                if "one card" in found and side in found:
+                    row[f"{side} from one card"] = launch.apart(found["one card"], found[side])
+            rows.append(row)
+            print({k: v for k, v in row.items() if k not in found}, flush=True)
             if not args.tiny:
-                record.write("fsdp2_loss", rows, claims)
-    return 0 if len(rows) == len(args.kinds) else 1
+                record.write("fsdp2_loss", rows, _claims(rows, record, args))
+    return 0 if all("sharded from one card" in row for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_twenty_steps_equal_one_process(ranks, checkpoints):
 
 @pytest.mark.parametrize("kind", ["tied-16bit", "16bit"])
 def test_other_arrangements_equal_one_process(ranks, checkpoints, kind):
-    """From 16 bit; head tied to the embedding; activation checkpointing; no resharding; offload; three ranks of uneven shards."""
+    """From 16 bit; head tied to the embedding; activation checkpointing; no resharding; offload; gathers by copies."""
     one = models.with_lora(models.whole(checkpoints[kind]))
     tokens = models.batches(4, 4)
     gradients, losses = _gradients(one, tokens[0]), _train(one, tokens, clip=0.5)
@@ -80,8 +80,10 @@ def test_other_arrangements_equal_one_process(ranks, checkpoints, kind):
         dict(sharded_load=True, checkpointing=True),
         dict(sharded_load=False, cpu_offload=True, reshard_after_forward=False),
         dict(sharded_load=True, residency="all"),
+        dict(sharded_load=True, gather="copies", checkpointing=True),
+        dict(sharded_load=False, gather="copies", residency="all"),
     ]
-    for world, variant in zip((4, 2, 2), variants, strict=True):
+    for world, variant in zip((4, 2, 2, 4, 2), variants, strict=True):
         answers = ranks(world, _parity, folder=str(checkpoints[kind]), steps=4, **variant)
         for name, expected in gradients.items():
             torch.testing.assert_close(answers[0][1][name], expected, rtol=0, atol=1e-5, msg=f"{variant} {name}")
@@ -105,7 +107,7 @@ def test_replicas_of_shards_and_a_trained_head_equal_one_process(ranks, checkpoi
     tokens = models.batches(4, 4)
     gradients, losses = _gradients(one, tokens[0]), _train(one, tokens, clip=0.5)
     assert any("lm_head" in name for name in gradients)
-    for options in (dict(replicas=2), dict(replicas=1, residency=1 << 20)):
+    for options in (dict(replicas=2, gather="copies"), dict(replicas=1, residency=1 << 20)):
         answers = ranks(4, _parity, folder=str(checkpoints["nf4"]), sharded_load=True, steps=4, lora=lora, **options)
         for name, expected in gradients.items():
             torch.testing.assert_close(answers[0][1][name], expected, rtol=0, atol=1e-5)
@@ -124,7 +126,11 @@ def _on_cards(rank, world, folder, **options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"cpu_offload": True}, {"residency": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"gather": "copies"}, {"gather": "collective"}, {"cpu_offload": True}, {"gather": "copies", "residency": "all"}],
+    ids=str,
+)
 def test_two_cards_equal_one(cuda_ranks, checkpoints, options):
     answers = cuda_ranks(2, _on_cards, folder=str(checkpoints["nf4"]), **options)
     mean = torch.tensor([a[0] for a in answers]).mean(0)

@@ -13,7 +13,7 @@ __all__ = ["base_state", "bytes_held", "packed_state"]
 
 
 def bytes_held(model: nn.Module) -> dict[str, int]:
-    """{"packed", "quant_state", "frozen", "trainable"}: bytes of this rank's parameters, from `load` or `shard`, by storage.
+    """{"packed", "quant_state", "frozen", "trainable"}: bytes of this rank's parameters, from `load` or `shard`.
 
     quant_state: absmax, absmax2 and offset; the codebooks, which all weights share, are not counted. Weights that happen to be
     gathered count as what they are then: whole, under "packed" and "quant_state".
@@ -22,9 +22,9 @@ def bytes_held(model: nn.Module) -> dict[str, int]:
 
     def add(kind, *tensors):
         for tensor in tensors:
-            if tensor is not None and (at := tensor.untyped_storage().data_ptr()) not in seen:
+            if tensor is not None and tensor.numel() and (at := tensor.data_ptr()) not in seen:
                 seen.add(at)
-                held[kind] += tensor.untyped_storage().nbytes()
+                held[kind] += tensor.numel() * tensor.itemsize
 
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

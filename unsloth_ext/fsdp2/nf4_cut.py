@@ -100,8 +100,9 @@ class NF4Fields:
     def map(self, function) -> NF4Fields:
         """The same with `function` of the tensors that this rank alone holds. The others stay where they are: with parameters
         offloaded to the host, copying a number to the card at each gather would wait for the card."""
+        packed, absmax = function(self.packed), function(self.absmax)  # in the order of `tensors`
         absmax2 = None if self.absmax2 is None else function(self.absmax2)
-        return dataclasses.replace(self, packed=function(self.packed), absmax=function(self.absmax), absmax2=absmax2)
+        return dataclasses.replace(self, packed=packed, absmax=absmax, absmax2=absmax2)
 
 
 _shared: dict[tuple, torch.Tensor] = {}

@@ -31,12 +31,13 @@ __all__ = ["NF4Shard"]
 
 
 class _Holder:
-    """Where aliases find the fields; `fields` is None for another rank's piece."""
+    """Where aliases find the fields; `fields` is None for another rank's piece. `unit`: the `UnitGather` (peer_gather.py) that
+    this weight is number `index` of, where weights are gathered by copies."""
 
-    __slots__ = ("fields",)
+    __slots__ = ("fields", "index", "unit")
 
     def __init__(self, fields: NF4Fields | None):
-        self.fields = fields
+        self.fields, self.unit, self.index = fields, None, 0
 
 
 class NF4Shard(torch.Tensor):
@@ -150,10 +151,19 @@ class NF4Shard(torch.Tensor):
             raise RuntimeError(
                 f"the weight {tuple(cut.shape)} was cut for {cut.world} ranks and is gathered over {mesh.size()}"
             )
+        if (unit := self._holder.unit) is not None:
+            unit.start()
+            return (unit.token,), (cut, fields)
         return tuple(t.view(torch.uint8) for t in fields.tensors()), (cut, fields)
 
     def fsdp_post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):
         cut, fields = metadata
+        if (unit := self._holder.unit) is not None:
+            unit.used()
+            if out is None:
+                weight = gathered(cut, fields, *unit.weight(self._holder.index))
+                return _Gathered.carry(weight, unit.buffer), (unit.buffer,)
+            all_gather_outputs = (unit.buffer,)
         if out is not None:  # FSDP2 has filled the storages that `out` looks at
             if out.untyped_storage().data_ptr() != all_gather_outputs[0].untyped_storage().data_ptr():
                 raise RuntimeError(f"the gathered weight {tuple(cut.shape)} lost its storage: was its .data replaced?")

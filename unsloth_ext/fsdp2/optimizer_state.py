@@ -51,6 +51,10 @@ class Slot:
         if not isinstance(self.parameter, DTensor):
             return part
         of = self.parameter
+        if part.device.type != of.device_mesh.device_type:  # offloaded: from_local would move it to the card
+            found = torch.empty_like(of.detach(), dtype=part.dtype)
+            found.to_local().copy_(part)
+            return found
         return DTensor.from_local(
             part, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
         )

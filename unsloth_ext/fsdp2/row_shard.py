@@ -40,6 +40,17 @@ class RowShard(torch.Tensor):
             f"RowShard({tuple(self.shape)}, {self.dtype}, rank {self.rank} of {self.world}, {self.rows.shape[0]} rows)"
         )
 
+    def data_ptr(self) -> int:
+        """Where the rows are. Unsloth and accelerate take parameters with the same address for tied ones, and a wrapper has none."""
+        return self.rows.data_ptr() or id(self.rows)
+
+    def __deepcopy__(self, memo):
+        """Done here, as torch knows by an address of 0 what it has to copy as a wrapper. peft copies what it will train."""
+        copied = memo[id(self)] = self._with(self.rows.clone())
+        if isinstance(self, torch.nn.Parameter):
+            copied = memo[id(self)] = torch.nn.Parameter(copied, requires_grad=self.requires_grad)
+        return copied
+
     def bytes_held(self) -> int:
         return self.rows.numel() * self.rows.itemsize
 

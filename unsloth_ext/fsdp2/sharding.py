@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 from collections.abc import Iterable
 
 import torch
@@ -38,6 +37,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
+from . import peer_gather
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
@@ -46,6 +46,8 @@ from .team import Team
 __all__ = ["accumulate", "gathered", "shard", "units_of"]
 
 _SMALL = 1 << 20  # bytes of frozen parameters outside the units that are not worth a gather
+_AHEAD = 256 << 20  # bytes of a gathered layer up to which a second one is gathered ahead
+GATHERS = ("auto", "collective", "copies")
 
 
 def shard(
@@ -56,6 +58,7 @@ def shard(
     cpu_offload: bool = False,
     mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
     residency: int | str = 0,
+    gather: str = "auto",
     timeout: datetime.timedelta | None = None,
 ) -> nn.Module:
     """Shard a transformers (and peft) model in place, 4-bit weights included, and return it. Called by every rank, once.
@@ -70,6 +73,8 @@ def shard(
         None each parameter computes in its own dtype, as on one device.
     residency: bytes of gathered units that a rank may keep from forward to backward and over the micro-batches of an
         accumulated step (see `accumulate`); "all" for no limit.
+    gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
+        lie (see peer_gather.py), on one host only. "auto": by copies among CUDA cards that can, else by the collective.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
@@ -87,6 +92,9 @@ def shard(
             raise UsageError(f"reshard_after_forward must be True or False, got {reshard_after_forward!r}")
         if residency != "all" and (not isinstance(residency, int) or residency < 0):
             raise UsageError(f"residency must be a number of bytes or 'all', got {residency!r}")
+        if gather not in GATHERS or (gather == "copies" and cpu_offload):
+            known = " or ".join(GATHERS[:2] if cpu_offload else GATHERS)
+            raise UsageError(f"gather must be {known}{' with cpu_offload' if cpu_offload else ''}, got {gather!r}")
         if cpu_offload and "gloo" not in dist.get_backend_config():
             raise UsageError(
                 f"cpu_offload reduces on the host, for which the backend {dist.get_backend_config()!r} has nothing",
@@ -110,8 +118,9 @@ def shard(
     cut_4bit(model, rank, world, device)
     _move_rest(model, device)
     fully_shard(model, **options, ignored_params=kept_whole)
-    _prefetch(layers)
+    _prefetch(layers, ends)
     _keep_resident(model, layers, residency)
+    _gather_by(model, [*layers, *ends], mesh, gather, cpu_offload, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
     _initialise(model)
@@ -208,17 +217,26 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _prefetch(layers: list[nn.Module]) -> None:
-    """Ask for the next layer's gather when a layer begins: it runs beside the layer, at the price of one more gathered layer.
+def _prefetch(layers: list[nn.Module], ends: list[nn.Module]) -> None:
+    """Ask for the next layers' gathers when a layer begins: they run beside the layer, at the price of their memory.
 
-    Not when a checkpoint runs the layer again in its backward: the layer after it is done with then, and would be gathered for
-    nothing and stay so until the backward ends.
+    The next one, and where layers are small the one after it: ranks run apart by some milliseconds, which a gather that is asked
+    for one layer early may not cover. The last layer asks for the head.
     """
-    for layer, following in itertools.pairwise(layers):
-        layer.register_forward_pre_hook(_prefetcher(layer, following), prepend=True)  # before FSDP2's, which asks
+    depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
+    order = [*layers, *ends[1:]]  # [embedding, head]: a head that is alone is rare, and waits for its own forward
+    for index, layer in enumerate(layers):
+        following = order[index + 1 : index + 1 + depth]
+        if following:
+            layer.register_forward_pre_hook(_prefetcher(layer, following), prepend=True)  # before FSDP2's, which asks
+        before = layers[max(0, index - depth) : index][::-1]
+        # Left alone, FSDP2 asks for what ran before it: for the first layer that is the embedding, which, frozen, has no backward.
+        layer.set_modules_to_backward_prefetch(before or [layer])
 
 
-def _prefetcher(layer: nn.Module, following: nn.Module):
+def _prefetcher(layer: nn.Module, following: list[nn.Module]):
+    """Not when a checkpoint runs the layer again in its backward: the layers after it are done with then, and would be gathered
+    for nothing and stay so until the backward ends."""
     asks = False
 
     @torch.compiler.disable
@@ -226,10 +244,28 @@ def _prefetcher(layer: nn.Module, following: nn.Module):
         nonlocal asks
         wanted = torch._C._current_graph_task_id() == -1  # what torch.utils.checkpoint and FSDP2 know a backward by
         if asks != wanted:
-            layer.set_modules_to_forward_prefetch([following] if wanted else [])
+            layer.set_modules_to_forward_prefetch(following if wanted else [])
             asks = wanted
 
     return hook
+
+
+def _gather_by(model, units, mesh, gather: str, offloaded: bool, timeout) -> None:
+    """Connect the ranks for gathers by copies where that is wished for and possible."""
+    if gather == "collective" or offloaded or (gather == "auto" and mesh.device_type != "cuda"):
+        return
+    within = {id(p) for unit in units for p in unit.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in within]
+    shards = [[_shard_of(p) for p in parameters] for parameters in (*(list(u.parameters()) for u in units), rest)]
+    shards = [[shard for shard in unit if shard is not None] for unit in shards]
+    reason = peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
+    if reason and gather == "copies":
+        raise UsageError(f"gather='copies' is not possible: {reason}", "Leave it at 'auto'.")
+
+
+def _shard_of(parameter) -> NF4Shard | None:
+    local = getattr(parameter, "_local_tensor", None)
+    return local if isinstance(local, NF4Shard) else None
 
 
 def gathered_bytes(unit: nn.Module) -> int:

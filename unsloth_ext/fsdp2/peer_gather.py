@@ -1,0 +1,196 @@
+"""Gathering frozen weights by copies from where they lie, in place of a collective.
+
+A frozen shard never changes, so no rank has to take part when another reads it. On one host every rank maps the others' shards once
+(peer_memory.py); from then on a gather is a few copies, made by the card's copy engines beside the layer that runs. What a
+collective costs goes away with it: the multiprocessors that NCCL's kernels take from the matrix products, the copy into the
+collective's input and the one out of its output, those two buffers, and the wait of every rank for the slowest at every layer.
+
+FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained. Per weight its all-gather carries a token
+of 16 bytes; its stream order does the rest:
+
+* FSDP2 asks for a weight's input (`fsdp_pre_all_gather`) on its copy-in stream. There the unit's copies are queued, behind what
+  the compute stream has been given so far: the memory may have been a freed tensor of that stream a moment ago.
+* The collective of tokens and adapters comes after the copies on every rank, and the compute stream waits for it. So who has
+  passed a unit's collective knows that all have read its shards, and may end.
+* All weights of a unit are one buffer, made and freed as one.
+"""
+
+from __future__ import annotations
+
+import socket
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import peer_memory
+from .nf4_parameter import NF4Shard
+from .processes import position
+from .team import Team
+
+__all__ = ["UnitGather", "connect"]
+
+_ALIGNED = 256
+_compute: dict[torch.device, torch.cuda.Stream] = {}  # the stream that weights were last computed with
+
+
+def _up(number: int) -> int:
+    return -(-number // _ALIGNED) * _ALIGNED
+
+
+class UnitGather:
+    """The NF4 weights of one unit: this rank's part in memory that the others read, and the buffer that they are gathered in."""
+
+    def __init__(self, shards: list[NF4Shard], world: int, memory):
+        self.shards, self.memory, self.device = shards, memory, shards[0].fields.packed.device
+        # Per weight and field: (offset here, offset gathered, bytes a rank).
+        self.places: list[list[tuple[int, int, int]]] = []
+        here = gathered = 0
+        for shard in shards:
+            fields = []
+            for tensor in shard.fields.tensors():
+                size = tensor.numel() * tensor.itemsize
+                fields.append((here, gathered, size))
+                here, gathered = _up(here + size), _up(gathered + size * world)
+            self.places.append(fields)
+        self.world, self.size, self.size_here = world, gathered, here
+        self.token = torch.zeros(16, dtype=torch.uint8, device=self.device)
+        self.copies: tuple[tuple[int, int, int], ...] = ()
+        self.buffer = torch.empty(gathered, dtype=torch.uint8, device=self.device)
+        self.buffer.untyped_storage().resize_(0)
+        self.part = None
+
+    def move_in(self) -> None:
+        """Move the shards to memory that can be offered."""
+        self.part = self.memory.allocate(self.size_here)
+        for shard, fields in zip(self.shards, self.places, strict=True):
+            place = iter(fields)
+
+            def moved(tensor, place=place):
+                offset, _, size = next(place)
+                target = self.part[offset : offset + size].view(tensor.dtype).view(tensor.shape)
+                return target.copy_(tensor)
+
+            shard._holder.fields = shard.fields.map(moved)
+
+    def read_from(self, addresses: list[int], rank: int) -> None:
+        """From now on gather so. addresses: of each rank's part. Each rank begins with the next one's, so that none serves all."""
+        self.copies = tuple(
+            (gathered + other * size, addresses[other] + here, size)
+            for other in ((rank + 1 + i) % self.world for i in range(self.world))
+            for fields in self.places
+            for here, gathered, size in fields
+        )
+        for index, shard in enumerate(self.shards):
+            shard._holder.unit, shard._holder.index = self, index
+
+    def start(self) -> None:
+        """Queue the copies on the current stream, unless a weight of this unit has done so."""
+        storage = self.buffer.untyped_storage()
+        if storage.size():
+            return
+        stream = 0
+        if self.device.type == "cuda":
+            here = torch.cuda.current_stream(self.device)
+            compute = _compute.get(self.device) or torch.cuda.default_stream(self.device)
+            with torch.cuda.stream(compute):
+                storage.resize_(self.size)
+            if here != compute:
+                here.wait_stream(compute)
+            stream = here.cuda_stream
+        else:
+            storage.resize_(self.size)
+        self.memory.copy(self.copies, storage.data_ptr(), stream)
+
+    def used(self) -> None:
+        """The current stream computes with the buffer."""
+        if self.device.type == "cuda":
+            now = torch.cuda.current_stream(self.device)
+            if (before := _compute.setdefault(self.device, now)) != now:
+                self.buffer.record_stream(now)
+                self.buffer.record_stream(before)
+                _compute[self.device] = now
+
+    def weight(self, index: int) -> list[torch.Tensor]:
+        """uint8 views of the buffer: packed, absmax and, if nested, absmax2 of all ranks."""
+        return [self.buffer[at : at + size * self.world] for _, at, size in self.places[index]]
+
+
+def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None) -> str | None:
+    """Gather these units by copies. A collective. None, or what stands against it on some rank: then nothing has changed.
+
+    units: sharded NF4 weights by FSDP2 unit, in the same order on every rank.
+    """
+    rank, world = position(mesh)
+    ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
+    team = Team("sharing memory between ranks", timeout)
+    device = units[0][0].fields.packed.device if units and units[0] else torch.device(mesh.device_type)
+    memory = peer_memory.of_device(device)
+    everyone = [team.gather((_host(), memory.identity()))[r] for r in ranks]
+    reason = None
+    if len({host for host, _ in everyone}) > 1:
+        reason = "the ranks are on several hosts"
+    elif world == 1 or not units:
+        reason = "there is nothing to gather"
+    else:
+        reason = memory.out_of_reach([identity for _, identity in everyone])
+    if reason := _first(team.gather(reason)):
+        return reason
+
+    made: list[UnitGather] = []
+    offers: list | str = []
+    try:
+        for shards in units:
+            made.append(UnitGather(shards, world, memory))
+            made[-1].move_in()
+            offers.append(memory.offer(made[-1].part))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        offers = f"{type(error).__name__}: {error}"
+    offered = team.gather(offers)
+    if reason := _first([one for one in offered if isinstance(one, str)]):
+        return reason
+
+    opened: list = []
+    addresses, reason = [], None
+    try:
+        for number, unit in enumerate(made):
+            there = []
+            for other, process in enumerate(ranks):
+                if other == rank:
+                    there.append(unit.part.data_ptr())
+                    continue
+                address, handle = memory.open(offered[process][number])
+                opened.append(handle)
+                there.append(address)
+            addresses.append(there)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    reason = _first(team.gather(reason))
+    if isinstance(memory, peer_memory.HostMemory):
+        memory.forget()
+    if reason:
+        _close(memory, opened)
+        return reason
+    for unit, there in zip(made, addresses, strict=True):
+        unit.read_from(there, rank)
+    weakref.finalize(made[0], _close, memory, opened).atexit = False
+    return None
+
+
+def _close(memory, opened) -> None:
+    for handle in opened:
+        memory.close(handle)
+    opened.clear()
+
+
+def _first(reasons) -> str | None:
+    return next((reason for reason in reasons if reason), None)
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"

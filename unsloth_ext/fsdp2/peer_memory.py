@@ -1,0 +1,175 @@
+"""Memory of one process that the other processes of the host read directly.
+
+On CUDA cards it is the driver's inter-process memory (cuIpcGetMemHandle, cuIpcOpenMemHandle: CUDA Driver API, "Memory Management"):
+another rank's allocation gets an address here, and a copy from it is made by this card's copy engines over NVLink or PCIe, without
+a multiprocessor and without the other rank's doing. Only memory of cudaMalloc can be shared so, not PyTorch's expandable segments
+(which Unsloth turns on), so `allocate` takes it from a pool of its own, made while they are off. It counts in torch's statistics as
+all memory does. On the CPU it is a mapped file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+__all__ = ["HostMemory", "PeerMemory", "of_device"]
+
+_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+
+
+def of_device(device: torch.device):
+    return PeerMemory(device) if device.type == "cuda" else HostMemory()
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_ubyte * 64),)  # CUipcMemHandle
+
+
+@functools.cache
+def _driver():
+    # Its calls here return at once: to let other threads run in between would cost more than they do.
+    driver = ctypes.PyDLL("libcuda.so.1")
+    driver.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
+    driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
+    driver.cuMemGetAddressRange_v2.argtypes = [
+        ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_size_t), ctypes.c_uint64,
+    ]  # fmt: skip
+    return driver
+
+
+def _must(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(text))
+        raise RuntimeError(f"{what}: {(text.value or b'unknown').decode()} ({code})")
+
+
+@functools.cache
+def _pool():
+    return torch.cuda.MemPool()
+
+
+@contextlib.contextmanager
+def _plain_segments():
+    """Without expandable segments, where the settings of the environment ask for them."""
+    wished = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    change = change or torch._C._cuda_cudaCachingAllocator_set_allocator_settings  # torch 2.10 and older
+    if "expandable_segments:true" not in wished.lower().replace(" ", ""):
+        yield
+        return
+    change("expandable_segments:False")
+    try:
+        yield
+    finally:
+        change(wished)
+
+
+class PeerMemory:
+    """Of the ranks' cards in one host."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def identity(self) -> str:
+        """What the others know this rank's card by."""
+        return str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def out_of_reach(self, identities: list[str]) -> str | None:
+        """Why this card cannot read the memory of one of these; None if it can."""
+        visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+        mine = self.device.index
+        for identity in identities:
+            if identity not in visible:
+                return "a rank does not see the cards of the others (CUDA_VISIBLE_DEVICES)"
+            if visible[identity] != mine and not torch.cuda.can_device_access_peer(mine, visible[identity]):
+                return f"card {mine} has no peer access to card {visible[identity]}"
+        return None
+
+    def allocate(self, size: int) -> torch.Tensor:
+        """uint8 [size] that `offer` can offer."""
+        with _plain_segments(), torch.cuda.use_mem_pool(_pool()):
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def offer(self, tensor: torch.Tensor):
+        """What another rank's `open` makes an address of, once this rank's streams have been waited for. Raises RuntimeError."""
+        base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+        _must(
+            _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), tensor.data_ptr()),
+            "address range",
+        )
+        _must(_driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(base.value)), "sharing memory")
+        return bytes(handle.bytes), tensor.data_ptr() - base.value
+
+    def open(self, offered) -> tuple[int, int]:
+        """(address, what `close` takes). The memory stays the other rank's."""
+        handle, offset = offered
+        base = ctypes.c_uint64()
+        torch.cuda.current_stream(self.device)  # makes sure that the card's context is the current one
+        _must(
+            _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS),
+            "opening another rank's memory",
+        )
+        return base.value + offset, base.value
+
+    @staticmethod
+    def close(base: int) -> None:
+        _driver().cuIpcCloseMemHandle(base)
+
+    @staticmethod
+    def copy(copies, at: int, stream: int) -> None:
+        """copies: (offset from `at`, address to copy from, bytes), queued on a stream. Raises RuntimeError."""
+        queue = _driver().cuMemcpyAsync
+        for offset, source, size in copies:
+            if code := queue(at + offset, source, size, stream):
+                _must(code, "copying from another rank's memory")
+
+
+class HostMemory:
+    """The same for processes on CPUs."""
+
+    def __init__(self):
+        self.files: dict[int, str] = {}
+
+    def identity(self) -> str:
+        return "cpu"
+
+    def out_of_reach(self, identities: list[str]) -> str | None:
+        return None
+
+    def allocate(self, size: int) -> torch.Tensor:
+        number, name = tempfile.mkstemp(prefix="unsloth_ext-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        os.close(number)
+        tensor = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        self.files[tensor.data_ptr()] = name
+        return tensor
+
+    def offer(self, tensor: torch.Tensor):
+        return self.files[tensor.data_ptr()], tensor.numel()
+
+    def open(self, offered):
+        name, size = offered
+        tensor = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        return tensor.data_ptr(), tensor
+
+    @staticmethod
+    def close(tensor) -> None:
+        """Nothing: the mapping goes with the tensor."""
+
+    def forget(self) -> None:
+        """The files' names go; the memory stays for those that have it."""
+        for name in self.files.values():
+            Path(name).unlink(missing_ok=True)
+        self.files.clear()
+
+    @staticmethod
+    def copy(copies, at: int, stream: int) -> None:
+        for offset, source, size in copies:
+            ctypes.memmove(at + offset, source, size)
