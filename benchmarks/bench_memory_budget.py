@@ -5,9 +5,10 @@
 
 A Llama-shaped checkpoint with random weights in 4 bit, LoRA of rank 16 on all seven projections, AdamW in 8 bit, batch 2 x 4096.
 Each of Unsloth's flags runs in a process of its own, without this package. Ours runs twice, over Unsloth's layers as they are and
-over `compile_model(scope="block")`; one process each, budget after budget on one model, from the same weights. Peak is
-`torch.cuda.max_memory_allocated` of whole steps, optimizer included, after the warm-up. The first losses of all sides must agree.
-Every row is recorded as soon as it is measured: a side that fails or is given up takes no other's rows with it.
+over `compile_model(scope="block")`; one process each, budget after budget on one model, from the same weights. All processes
+load at the same time and then train one after another. Peak is `torch.cuda.max_memory_allocated` of whole steps, optimizer
+included, after the warm-up. The first losses of all sides must agree. Every row is recorded as soon as it is measured: a side
+that fails or is given up takes no other's rows with it.
 """
 
 import argparse
@@ -34,6 +35,7 @@ BUDGETS = {
 }
 CLAIMS = {"8.1GiB": ("8gib", 690), "12GiB": ("12gib", 640), "20GiB": ("20gib", 580), "auto": ("auto", 505)}
 ROW = "ROW "  # what a side's process writes before a row
+READY = "READY"  # and when it has loaded; it trains when a line comes in
 
 
 def model_of(folder: Path, length: int, flag):
@@ -106,10 +108,23 @@ def planned(budget) -> dict:
         cost.name: {
             "kept_mib": round(cost.kept / 2**20, 1),
             "host_mib": round(cost.host / 2**20, 1),
+            "early_mib": round(cost.ahead / 2**20, 1),
+            "forward_peak_mib": round(cost.forward_peak / 2**20, 1),
             "backward_peak_mib": round(cost.backward_peak / 2**20, 1),
             "extra_ms": round(cost.extra * 1e3, 3),
         }
         for cost in costs.levels
+    }
+    scripts = budget.scripts.values()
+    row["layer_ms_at"] = {cost.name: round(costs.seconds(cost) * 1e3, 3) for cost in costs.levels}
+    row["static_gib"] = round(plan.static / 2**30, 3)
+    row["loss_mib"] = round((budget.loss_bytes or 0) * costs.tokens / 2**20, 1)
+    row["found"] = {
+        "scripts": len(scripts),
+        "products": sum(s.products is not None for s in scripts),
+        "copies": sum(bool(s.copies) for s in scripts),
+        "outlines": sum(s.outline is not None for s in scripts),
+        "why": sorted({s.why for s in scripts if s.why})[:3],
     }
     return row | {"link_gb_s": [round(costs.to_host / 1e9, 1), round(costs.from_host / 1e9, 1)]}
 
@@ -127,6 +142,9 @@ def side(name: str, folder: Path, args) -> None:
     tokens = torch.randint(0, vocabulary - 256, (args.batch, args.length), generator=draw).to(device)
     model = model_of(folder, args.length, {"True": True, "False": False}.get(flag, flag) if flag else False)
 
+    print(READY, flush=True)
+    sys.stdin.readline()
+
     def tell(setting, row):
         print(ROW + json.dumps({"side": kind, "setting": setting} | row), flush=True)
 
@@ -139,7 +157,7 @@ def side(name: str, folder: Path, args) -> None:
         from unsloth_ext.compiling import compile_model
 
         compile_model(model, "block", **({} if device == "cuda" else {"backend": "aot_eager"}))
-    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
     for setting in args.budgets or BUDGETS[args.architecture]:
         with torch.no_grad():
             for n, p in model.named_parameters():
@@ -159,28 +177,51 @@ def side(name: str, folder: Path, args) -> None:
         tell(setting, row)
 
 
-def run(name: str, folder: Path, args, keep) -> None:
-    """A side in a process of its own; `keep` gets each of its rows as it comes, and its failure."""
-    environment = dict(os.environ)
-    if name.startswith("Unsloth"):
-        environment["UNSLOTH_EXT_DISABLE"] = "all"
-    environment["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth_")
-    options = ["--warm-up", args.warm_up, "--steps", args.steps, "--batch", args.batch, "--length", args.length]
-    options += ["--architecture", args.architecture, *(["--budgets", *args.budgets] if args.budgets else [])]
-    command = [sys.executable, __file__, "--side", name, str(folder), *map(str, options)]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        timer = threading.Timer(args.limit, process.kill)
+class Process:
+    """A side in a process of its own, which loads at once and trains when `run` says so."""
+
+    def __init__(self, name: str, folder: Path, args):
+        environment = dict(os.environ)
+        if name.startswith("Unsloth"):
+            environment["UNSLOTH_EXT_DISABLE"] = "all"
+        environment["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth_")
+        options = ["--warm-up", args.warm_up, "--steps", args.steps, "--batch", args.batch, "--length", args.length]
+        options += ["--architecture", args.architecture, *(["--budgets", *args.budgets] if args.budgets else [])]
+        command = [sys.executable, __file__, "--side", name, str(folder), *map(str, options)]
+        self.name, self.limit, self.given_up = name, args.limit, False
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def run(self, keep) -> None:
+        """`keep` gets each row as it comes, and the failure, if there is one. The limit counts from here on."""
+
+        def give_up():
+            self.given_up = True
+            self.process.kill()
+
+        timer = threading.Timer(self.limit, give_up)
         timer.start()
-        for line in process.stdout:
-            if line.startswith(ROW):
-                keep(json.loads(line.removeprefix(ROW)))
-        code = process.wait()
+        try:
+            for line in self.process.stdout:
+                if line.startswith(READY):
+                    self.process.stdin.write("go\n")
+                    self.process.stdin.flush()
+                elif line.startswith(ROW):
+                    keep(json.loads(line.removeprefix(ROW)))
+            code = self.process.wait()
+        finally:
+            timer.cancel()
         if code:
-            why = f"given up after {args.limit} s" if not timer.is_alive() else f"exit status {code}"
-            errors.seek(0)
-            keep({"side": name, "error": f"{why}: {errors.read()[-1500:]}"})
-        timer.cancel()
+            why = f"given up after {self.limit} s" if self.given_up else f"exit status {code}"
+            self.errors.seek(0)
+            keep({"side": self.name, "error": f"{why}: {self.errors.read()[-1500:]}"})
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
 
 def claims_of(rows: list[dict], args) -> list[dict]:
@@ -262,8 +303,14 @@ def main() -> int:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        for one in [*args.ours[:1], *(f"Unsloth: {flag}" for flag in args.flags), *args.ours[1:]]:
-            run(one, folder, args, keep)
+        names = [*args.ours[:1], *(f"Unsloth: {flag}" for flag in args.flags), *args.ours[1:]]
+        sides = [Process(one, folder, args) for one in names]
+        try:
+            for one in sides:
+                one.run(keep)
+        finally:
+            for one in sides:
+                one.end()
     losses = [row["loss"] for row in rows if "loss" in row]
     apart = losses and max(losses) - min(losses) > 5e-3  # of about 12; the sides round in different places
     for text, wrong in (("more than the budget", over(rows)), ("first losses differ", apart and losses)):

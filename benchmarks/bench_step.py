@@ -4,7 +4,7 @@
     python benchmarks/bench_step.py --quick                                               tiny, on a CPU: shows that it runs
 
 Llama shapes with random weights in 4 bit, LoRA of rank 16 on all seven projections, bf16. Each variant runs in a process of
-its own, the released Unsloth without this package. A packed batch is one row of 8192 tokens, documents of 200 to 2000; every
+its own, one at a time, the released Unsloth without this package. A packed batch is one row of 8192 tokens, documents of 200 to 2000; every
 step has another packing, the same for all variants, and the padded case pads the same documents. Tokens are counted without
 padding. The first step is timed apart: it compiles. A row is kept as soon as it is measured: a second call with the same
 --work goes on where the first stopped. With --jobs several processes load and compile at once; one at a time measures.
@@ -51,6 +51,8 @@ VARIANTS = {  # name -> stack, use_gradient_checkpointing, scope of compile_mode
     "ours, checkpointing 'unsloth', block": ("ours", "unsloth", "block"),
     "ours, checkpointing False, block": ("ours", False, "block"),
     "ours, checkpointing False, step": ("ours", False, "step"),
+    "ours, checkpointing False, block, CUDA graphs": ("ours", False, "block"),
+    "ours, checkpointing False, step, CUDA graphs": ("ours", False, "step"),
     "transformers": ("transformers", False, None),
     "transformers, torch.compile": ("transformers", False, "torch.compile"),
     "transformers and ours, block": ("transformers and ours", False, "block"),
@@ -138,6 +140,10 @@ def model_of(folder: Path, stack: str, checkpointing, length: int):
     return peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)).train()
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # kept beside the rows: where a process ends early, this is what is known
+
+
 @contextlib.contextmanager
 def alone(lock: str | None):
     """The card is this process's to measure on."""
@@ -161,7 +167,7 @@ def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None 
     cuda = torch.cuda.is_available()
     model = model_of(folder, stack, checkpointing, CASES[case][3])
     vocabulary = model.get_base_model().config.vocab_size
-    run, compiled = model, None
+    run, compiled, graphs = model, None, False
     if stack == "transformers and ours":
         from unsloth_ext.compiling import use_packed_attention
 
@@ -171,7 +177,8 @@ def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None 
     elif scope is not None:
         from unsloth_ext.compiling import compile_model
 
-        compiled = compile_model(model, scope, **({} if cuda else {"backend": "aot_eager"}))
+        graphs = variant.endswith("CUDA graphs")
+        compiled = compile_model(model, scope, **({"cuda_graphs": graphs} if cuda else {"backend": "aot_eager"}))
 
     def step(seed):
         batch, tokens = batch_of(case, seed, vocabulary, "cuda" if cuda else "cpu", stack)
@@ -181,20 +188,23 @@ def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None 
         start = time.perf_counter()
         loss = run(**batch).loss
         loss.backward()
+        host = time.perf_counter()
         if cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3, tokens, loss.item()
+        return (time.perf_counter() - start) * 1e3, tokens, (host - start) * 1e3, loss.item()
 
-    first, _, loss = step(0)
-    for seed in range(1, 4):  # a second kind of batch, the allocator, the clocks
-        step(seed)
+    first, _, _, loss = step(0)
+    say(f"first step {first / 1e3:.1f} s")
+    for seed in range(1, 7):  # a second kind of batch, the allocator, the clocks, the recording of CUDA graphs
+        say(f"step {seed}: {step(seed)[0]:.1f} ms")
     with alone(lock):
-        step(4)
+        step(7)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        times, tokens = zip(*(step(seed)[:2] for seed in range(5, 5 + steps)), strict=True)
+        times, tokens, host = zip(*(step(seed)[:3] for seed in range(8, 8 + steps)), strict=True)
     row = {"case": case, "variant": variant, "unit": "ms", "step": record.percentiles(times, 2)}
     row["tokens/s"] = record.percentiles([n / t * 1e3 for n, t in zip(tokens, times, strict=True)], 1)
+    row["host"] = record.percentiles(host, 2)  # until the last launch: near the step where the host is the limit
     row["first step s"], row["loss"] = round(first / 1e3, 2), round(loss, 5)
     row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
     counters = torch._dynamo.utils.counters
@@ -202,6 +212,9 @@ def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None 
     if compiled is not None:
         report = compiled.report()
         row |= {"graphs": report.graphs, "breaks": report.breaks, "compile s": round(report.compile_seconds, 1)}
+        if graphs and cuda:
+            row |= {"recorded forwards": report.recorded_forwards, "not recorded": report.unrecorded}
+            row["recordings refused"] = counters["inductor"]["cudagraph_skips"]
     return row
 
 
@@ -230,8 +243,10 @@ def losses_of(case: str, variant: str, folder: Path) -> dict:
 
     device, (_, _, rows, length) = "cuda" if torch.cuda.is_available() else "cpu", CASES[case]
     model = model_of(folder, stack, checkpointing, length)
+    say("loaded")
     vocabulary = model.get_base_model().config.vocab_size
     batches = text_batches(folder, rows, length, 50 if device == "cuda" else 6, vocabulary).to(device)
+    say(f"{len(batches)} batches of text")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}
 
@@ -247,6 +262,7 @@ def losses_of(case: str, variant: str, folder: Path) -> dict:
             gradients = gradients or {n: p.grad.double().cpu() for n, p in trained.items()}
             optimizer.step()
             losses.append(loss.detach().double().cpu())
+        say(f"{len(losses)} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}")
         return torch.stack(losses), gradients
 
     def apart(found, wanted):
@@ -270,7 +286,7 @@ def claims_of(rows: list[dict]) -> list[dict]:
     def add(id, unit, target, baseline, value):
         try:
             claims.append(record.claim(id, value(), unit, target, baseline))
-        except KeyError:
+        except (KeyError, ValueError):  # ValueError: the least of none
             print(f"{id}: not measured", flush=True)
 
     release = rows[0].get("unsloth", "") if rows else ""
@@ -284,7 +300,11 @@ def claims_of(rows: list[dict]) -> list[dict]:
         "ms",
         "<= 55",
         f"Unsloth {release}, the same flag",
-        lambda: min(found["1b dense", name]["step"]["p50"] for name in (block, step)),
+        lambda: min(
+            row["step"]["p50"]
+            for key, row in found.items()
+            if key[0] == "1b dense" and row["variant"].startswith("ours")
+        ),
     )
     add(
         "compile.packed_8b.vs_unsloth",
@@ -355,7 +375,7 @@ def run_all(args, work: Path) -> int:
             for variant, (stack, _, scope) in VARIANTS.items():
                 if args.quick != (architecture == "quick") or (args.quick and not stack.startswith("transformers")):
                     continue
-                if kind == "text" and scope not in SCOPES:
+                if kind == "text" and (scope not in SCOPES or variant.endswith("CUDA graphs")):
                     continue
                 if (case, variant) in done or (case, variant) in todo or not re.search(pattern, f"{case}: {variant}"):
                     continue
@@ -363,10 +383,14 @@ def run_all(args, work: Path) -> int:
     folders = {name: checkpoint(name, work, args.tokenizer) for name in dict.fromkeys(CASES[c][0] for c, _ in todo)}
     args.lock = str(work / "measuring")
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda one: in_its_own_process(*one, folders[CASES[one[0]][0]], args, kept), todo):
-            rows.append(row)
-            if not args.quick:
-                record.write("step", [row for row in rows if "error" not in row], claims_of(rows))
+        try:
+            for row in pool.map(lambda one: in_its_own_process(*one, folders[CASES[one[0]][0]], args, kept), todo):
+                rows.append(row)
+                if not args.quick:
+                    record.write("step", [row for row in rows if "error" not in row], claims_of(rows))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     failed = [row for row in rows if "error" in row and (row["case"], row["variant"]) not in done]
     return 1 if failed else 0
 
@@ -389,19 +413,27 @@ def run_alone(case: str, variant: str, folder: Path, args) -> dict:
         "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
     }
+    environment["PYTHONFAULTHANDLER"] = "1"
     steps = min(args.steps, 4) if args.quick else args.steps
     command = [sys.executable, __file__, "--steps", str(steps), "--lock", args.lock, "--measure", case, variant]
+    caches.mkdir(parents=True, exist_ok=True)
+    said, result = caches / "stderr.txt", caches / "stdout.txt"
     try:
-        process = subprocess.run(
-            [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=args.limit, check=False
-        )
+        with said.open("w") as stderr, result.open("w") as stdout:
+            process = subprocess.run(
+                [*command, str(folder)], env=environment, stdout=stdout, stderr=stderr, timeout=args.limit, check=False
+            )
+        ended = f"exit status {process.returncode}" if process.returncode else None
     except subprocess.TimeoutExpired:
-        return {"case": case, "variant": variant, "error": f"not done in {args.limit} s"}
-    if process.returncode:
-        return {"case": case, "variant": variant, "error": process.stderr[-1500:]}
-    from importlib.metadata import version
+        ended = f"not done in {args.limit} s"
+    if ended is None:
+        try:
+            from importlib.metadata import version
 
-    return json.loads(process.stdout.splitlines()[-1]) | {"unsloth": version("unsloth")}
+            return json.loads(result.read_text().splitlines()[-1]) | {"unsloth": version("unsloth")}
+        except (IndexError, ValueError) as error:
+            ended = f"no result: {error}"
+    return {"case": case, "variant": variant, "error": f"{ended}: {said.read_text(errors='replace')[-2500:]}"}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def patches() -> str:
         others = ("transformers", "bitsandbytes", *(("trl",) if releases is PINNED else ()))
         return survey(unsloth_ext.patches(), folders | {other: folder_of(other) for other in others})
 
-    switch = {patch.id: f", with `{patch.switch}=1`" for patch in unsloth_ext.patches() if patch.switch}
+    waiting = [patch for patch in unsloth_ext.patches() if patch.switch and not patch.on_unless_switched_off]
+    switch = {patch.id: f", with `{patch.switch}=1`" for patch in waiting}
 
     def cell(row):
         reason = "for a later TRL" if row.reason == "trl is not installed" else row.reason

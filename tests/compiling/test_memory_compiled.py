@@ -1,4 +1,5 @@
-"""The levels in compiled layers: the same bits as the same graphs without a budget, and two graphs for all levels."""
+"""The levels around compiled layers: the same bits as the same graphs without a budget, no graph of their own, and replays that
+do not run the graph again."""
 
 import pytest
 import torch
@@ -6,27 +7,74 @@ from memory_models import assert_equal, hold, model_of, tokens_of, trained
 
 from unsloth_ext.compiling import recompute
 from unsloth_ext.compiling.memory_controller import memory_budget
+from unsloth_ext.compiling.recompute import LEVELS
 
 
-@pytest.mark.extended
-def test_layers_compiled_one_by_one(monkeypatch):
-    """As Unsloth compiles them: the class's forward is a compiled function, the budget stands around it."""
+@pytest.fixture
+def compiled_layers(monkeypatch):
+    """The class's forward compiled, as Unsloth does it: a function around the compiled one that names the original."""
     from torch._dynamo.testing import CompileCounterWithBackend
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     monkeypatch.setattr(recompute, "SMALL", 1024)
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend("aot_eager_decomp_partition")
-    compiled = torch.compile(LlamaDecoderLayer.forward, backend=graphs, fullgraph=True, dynamic=True)
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: compiled(self, *args, **kwargs))
+    graphs = CompileCounterWithBackend("aot_eager")
+    original = LlamaDecoderLayer.forward
+    compiled = torch.compile(original, backend=graphs, fullgraph=True, dynamic=True)
+    calls = {"compiled": 0}
+
+    def forward(self, *args, **kwargs):
+        calls["compiled"] += 1
+        return compiled(self, *args, **kwargs)
+
+    forward._unsloth_block_original = original
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    calls["graphs"] = graphs
+    yield calls
+    torch._dynamo.reset()
+
+
+@pytest.mark.extended
+def test_layers_compiled_one_by_one(compiled_layers):
     model, tokens = model_of(layers=2), tokens_of()
     expected = trained(model, tokens, use_cache=False)
     budget = memory_budget(model, "64GiB")
     assert_equal(trained(model, tokens, use_cache=False), expected)  # the probe has been at every level
     kept = {cost.name: cost.kept for cost in budget.costs.levels}
-    assert kept["layer"] < kept["gate_up"] < kept["keep"]
-    made = graphs.frame_count
-    for level in ("gate_up+offload", "layer", "offload"):
+    assert kept["layer"] < kept["gate_up"] < kept["up"] < kept["norms"] < kept["keep"], said(budget)
+    made = compiled_layers["graphs"].frame_count
+    for level in LEVELS:
         hold(budget, level)
+        compiled_layers["compiled"] = 0
         assert_equal(trained(model, tokens, use_cache=False), expected)
-    assert graphs.frame_count <= made + 2  # the first layer's input needs no gradient, in the probe it does
+        assert compiled_layers["compiled"] == 2, level  # no graph ran again
+    assert (
+        compiled_layers["graphs"].frame_count <= made + 2
+    )  # the first layer's input needs no gradient, in the probe it does
+    assert any(script.outline for script in budget.scripts.values()), said(budget)
+
+
+def said(budget):
+    return {script.why for script in budget.scripts.values()}
+
+
+@pytest.mark.extended
+def test_what_the_uncompiled_forward_does_not_save_is_replayed(compiled_layers, monkeypatch):
+    """Its tensors have other bits than the graph's: the graph runs again, and only the MLP is found, from a norm that it saved."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model, tokens = model_of(layers=2), tokens_of()
+    compiled = LlamaDecoderLayer.forward
+    original = compiled._unsloth_block_original
+    compiled._unsloth_block_original = lambda self, x, *args, **kwargs: original(self, x * 1.01, *args, **kwargs)
+    expected = trained(model, tokens, use_cache=False)
+    budget = memory_budget(model, "64GiB")
+    trained(model, tokens, use_cache=False)  # the probe
+    for level in LEVELS:
+        hold(budget, level)
+        compiled_layers["compiled"] = 0
+        assert_equal(trained(model, tokens, use_cache=False), expected)
+        assert compiled_layers["compiled"] == (4 if LEVELS[level].layer else 2), level
+    assert not any(script.outline for script in budget.scripts.values())
+    assert any(script.products for script in budget.scripts.values()), said(budget)
+    assert any("the uncompiled forward does not save" in why for why in said(budget))

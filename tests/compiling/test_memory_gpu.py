@@ -45,6 +45,42 @@ def test_every_level_has_the_same_bits(dropout):
         torch.use_deterministic_algorithms(False)
 
 
+def test_compiled_layers_have_the_same_bits(monkeypatch):
+    """Inductor's graphs around which the levels work; nothing that the uncompiled forward does is other than they do."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.forward
+    compiled = torch.compile(original, fullgraph=True, dynamic=True)
+    calls = []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        return compiled(self, *args, **kwargs)
+
+    forward._unsloth_block_original = original
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model, tokens = card_model(layers=2)
+        expected = trained(model, tokens, use_cache=False)
+        assert not differences(trained(model, tokens, use_cache=False), expected)
+        budget, wrong, counts = memory_budget(model, "auto"), {}, {}
+        trained(model, tokens, use_cache=False)
+        for level in LEVELS:
+            hold(budget, level)
+            for again in range(2):
+                calls.clear()
+                if found := differences(trained(model, tokens, use_cache=False), expected):
+                    wrong[level, again] = (len(found), found[:3])
+            counts[level] = len(calls)
+        for script in budget.scripts.values():
+            print(script)
+        print(counts, {c.name: (c.kept, c.host, c.extra) for c in budget.costs.levels})
+        assert not wrong
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_budgets_hold_and_predictions_agree():
     model, tokens = card_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -75,10 +111,10 @@ def test_offloaded_bytes_leave_the_card():
     model, tokens = card_model()
     budget = memory_budget(model, "auto")
     peaks = {}
-    for level in ("gate_up", "gate_up+offload", "layer", "layer+offload"):
+    for level in ("gate_up", "gate_up+offload", "up", "up+offload", "layer", "layer+offload"):
         hold(budget, level)
         trained(model, tokens)
         torch.cuda.reset_peak_memory_stats()
         trained(model, tokens)
         peaks[level] = torch.cuda.max_memory_allocated()
-    assert peaks["gate_up+offload"] < peaks["gate_up"]
+    assert peaks["gate_up+offload"] < peaks["gate_up"] and peaks["up+offload"] < peaks["up"]

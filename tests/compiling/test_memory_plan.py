@@ -26,7 +26,15 @@ def random_costs(levels=4):
     for name in names:
         kept, host = random.randint(1, 900), random.choice([0, random.randint(1, 400)]) if made else 0
         made.append(
-            LevelCost(name, kept, host, kept + random.randint(0, 300), kept + random.randint(0, 900), random.random())
+            LevelCost(
+                name,
+                kept,
+                host,
+                kept + random.randint(0, 300),
+                kept + random.randint(0, 900),
+                random.random(),
+                random.choice([None, random.randint(0, host)]),
+            )
         )
     return Costs(
         64, 64, random.random(), 2 * random.random(), tuple(made), random.uniform(100, 2000), random.uniform(100, 2000)
@@ -37,9 +45,11 @@ def time_of(costs, levels):
     by_name = {c.name: c for c in costs.levels}
     time = 0
     for cost in (by_name[n] for n in levels):
-        computing = costs.backward + cost.extra
-        time += cost.extra + max(0, cost.host / costs.to_host - costs.forward) * (cost.host > 0)
-        time += max(0, cost.host / costs.from_host - computing) * (cost.host > 0)
+        time += cost.extra
+        if cost.host:
+            late = 0 if cost.early is None else (cost.host - cost.early) / costs.from_host - cost.extra
+            time += max(0, cost.host / costs.to_host - costs.forward)
+            time += max(0, late, cost.host / costs.from_host - costs.backward - cost.extra)
     return time
 
 
@@ -71,31 +81,44 @@ def test_no_mixture_is_faster_within_the_budget():
 
 
 def test_the_8b_step_as_it_was_measured():
-    """The levels of an 8B layer at 8192 tokens on an H200, from its shapes and upstream's two measured times."""
-    token, layers, mib = 8192, 32, 2**20
-    x, attention, wide = token * 8192, token * (8192 * 2 + 4096), token * 57344
-    bulk, work = 2 * x + attention, 300 * mib
-    recompute_layer, recompute_wide, recompute_norms = 0.0050, 0.0025, 0.0001
+    """The levels of an 8B layer at 8192 tokens on an H200: bytes as they were counted there (MiB), seconds from its kernels' times."""
+    mib, ms = 2**20, 1e-3
+    x, attention, product, everything = 64, 166, 224, 934
+    work, forward_work = everything + 961, everything + 500
+    norms, one, both, layer = 0.15 * ms, 1.7 * ms, 3.3 * ms, 5.6 * ms
+
+    def cost(name, kept, extra, host=0, early=None):
+        peaks = forward_work * mib, work * mib
+        return LevelCost(name, kept * mib, host * mib, *peaks, extra, early if early is None else early * mib)
+
+    bulk = 2 * x + attention
     costs = Costs(
-        token, 4096, 0.0055, 0.0115,
+        8192, 4096, 7.27 * ms, 8.82 * ms,
         (
-            LevelCost("keep", bulk + 2 * x + wide, 0, bulk + 2 * x + wide + work, bulk + 2 * x + wide + work, 0.0),
-            LevelCost("norms", bulk + wide, 0, bulk + 2 * x + wide + work, bulk + wide + work, recompute_norms),
-            LevelCost("gate_up", bulk, 0, bulk + wide + work, bulk + wide + work, recompute_wide),
-            LevelCost("layer", x, 0, bulk + wide + work, bulk + wide + work, recompute_layer),
-            LevelCost("norms+offload", wide, bulk, bulk + 2 * x + wide + work, bulk + wide + work, recompute_norms),
-            LevelCost("gate_up+offload", 0, bulk, bulk + wide + work, bulk + wide + work, recompute_wide),
-            LevelCost("layer+offload", 0, x, bulk + wide + work, bulk + wide + work, recompute_layer),
+            cost("keep", everything, 0.0),
+            cost("norms", bulk + 2 * product, norms),
+            cost("up", bulk + product, one),
+            cost("gate_up", bulk, both),
+            cost("layer", x, layer),
+            cost("norms+offload", 2 * product, norms, bulk),
+            cost("gate+offload", product + attention, norms, product + 2 * x),
+            cost("up+offload", attention, one, product + 2 * x),
+            cost("gate_up+offload", 0, both, bulk, 2 * x),
+            cost("layer+offload", 0, layer, x),
+            cost("offload", 0, norms, bulk + 2 * product),
         ),
         55e9, 55e9,  # PCIe 5, 16 lanes, pinned memory
     )  # fmt: skip
-    static, loss, keep_all = int(5.9 * GIB), int(0.4 * GIB), 555.0
+    # Weights, adapters and gradients in fp32, an 8-bit optimizer; the flag "unsloth" needs 7.8 GiB.
+    static, loss, keep_all = int(5.83 * GIB), int(0.4 * GIB), 543.0
     took = {}
     for budget in (8.1, 12, 20, 132):
-        plan = best(costs, layers, int(budget * GIB), static=static, loss=loss)
-        took[budget] = keep_all + plan.extra * 1e3
-    assert took[132] == keep_all
-    assert took[8.1] <= 690 and took[12] <= 640 and took[20] <= 580, took
+        plan = best(costs, 32, int(budget * 0.98 * GIB), static=static, loss=loss)
+        assert plan.peak == peak_of(costs, plan.levels, static, loss)
+        took[budget] = keep_all + plan.extra * 1e3, str(plan)
+    assert took[132][0] == keep_all
+    assert took[8.1][0] <= 690 and took[12][0] <= 640 and took[20][0] <= 580, took
+    assert smallest(costs, 32, static=static, loss=loss).peak < 7.8 * GIB
 
 
 @pytest.mark.parametrize(
@@ -163,10 +186,10 @@ class _Stack(torch.nn.Module):
 def without_copies_out(costs, levels):
     """`peak_of` for a CPU, where a copy to the host is made at once: nothing is on its way out while the next layer computes."""
     by_name = {c.name: c for c in costs.levels}
-    below, sent, peak = 0, 0, 0
+    below, ahead, peak = 0, 0, 0
     for cost in (by_name[name] for name in levels):
-        peak = max(peak, below + cost.forward_peak, below + sent + cost.backward_peak)
-        below, sent = below + cost.kept, cost.host
+        peak = max(peak, below + cost.forward_peak, below + ahead + cost.backward_peak)
+        below, ahead = below + cost.kept, cost.ahead
     return peak
 
 
@@ -192,9 +215,11 @@ def test_the_predicted_peak_is_the_counted_one(everything_counts, monkeypatch, d
     stack(x).backward()
     costs = budget.costs
     names = [c.name for c in costs.levels]
-    assert set(names) == (set(LEVELS) if offload else {"keep", "norms", "gate_up", "layer"})
+    assert set(names) == (set(LEVELS) if offload else {"keep", "norms", "up", "gate_up", "layer"})
     kept = {c.name: c.kept for c in costs.levels}
-    assert kept["layer"] < kept["gate_up"] < kept["norms"] < kept["keep"]
+    # In bf16 peft saves copies in fp32, so that gate and up are not told apart: then the whole MLP is computed again.
+    assert kept["layer"] < kept["gate_up"] <= kept["up"] < kept["norms"] < kept["keep"]
+    assert (kept["gate_up"] < kept["up"]) == (dtype == torch.float32)
     order = sorted(costs.levels, key=lambda c: c.kept - max(c.backward_peak, c.forward_peak))
     for levels in [[n] * 6 for n in names] + [
         sorted(random.choices(names, k=6), key=[c.name for c in order].index) for _ in range(4)
@@ -243,6 +268,19 @@ def test_too_small_a_budget_names_the_least_and_that_one_works():
     trained(model, tokens)
     assert budget.plan.peak <= least
     assert "layer" in str(budget) or "gate_up" in str(budget)
+
+
+def test_a_margin_makes_no_budget_impossible(monkeypatch):
+    """What the margin and an optimizer that has not stepped would take is room to choose in, not a reason to refuse."""
+    model, tokens = model_of(), tokens_of()
+    budget = memory_budget(model, "100KiB", margin=0)
+    with pytest.raises(BudgetTooSmall) as caught:
+        trained(model, tokens)
+    budget.remove()
+    budget = memory_budget(model, f"{int(caught.value.least * 1.1)}B", margin=0.5)
+    assert budget.limit() < caught.value.least
+    trained(model, tokens)
+    assert budget.plan.peak <= caught.value.least * 1.1
 
 
 def test_a_longer_batch_is_planned_anew(monkeypatch):

@@ -118,5 +118,11 @@ def test_the_scope_around_unsloths_generate(model, monkeypatch):
         {"max_new_tokens": 64, "past_key_values": 1},
     ):
         assert call(model, **arguments) == (False, model, (), arguments)
+    noticed = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)  # a replay would not call it
+    assert call(model, max_new_tokens=64)[0] is False
+    noticed.remove()
+    as_trainers_do = model.get_input_embeddings().register_forward_hook(lambda *_: None)
+    assert call(model, max_new_tokens=64)[0] is True
+    as_trainers_do.remove()
     graphs.enabled = lambda: True  # an RL trainer's own scope, or the user's wish
     assert call(model, max_new_tokens=64)[0] is False

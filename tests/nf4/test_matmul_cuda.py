@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unsloth_ext.nf4 import matmul_cuda, matmul_hopper, matmul_nvrtc, matmul_table
-from unsloth_ext.nf4.matmul_hopper import FewRows, Tiles, cut, shape_for
+from unsloth_ext.nf4.matmul_hopper import FewRows, ScaledTiles, Tiles, cut, shape_for
 from unsloth_ext.nf4.quant_state import NF4State
 
 HERE = Path(__file__).parent / "on_host"
@@ -22,19 +22,20 @@ def test_what_is_chosen_fits():
     seen = set()
     for n in DIMENSIONS:
         for k in DIMENSIONS:
-            for rows in (*range(1, 18), 32, 33, 64, 65, 128, 129):
+            for rows in (*range(1, 18), 32, 33, 64, 65, 128, 129, 256, 257):
                 shape = shape_for(rows, n, k, 132)
                 if shape is None:
                     continue
                 seen.add(type(shape))
-                assert rows <= shape.rows <= 128 and shape.end <= matmul_hopper._LIMIT and shape.threads <= 1024
+                assert rows <= shape.rows <= 256 and shape.end <= matmul_hopper._LIMIT and shape.threads <= 1024
                 if isinstance(shape, FewRows):
                     assert 256 * shape.kw * shape.slices == k and shape.kw * shape.rg <= 16
                     assert not shape.shared_sums or -(-n // (16 * shape.rg)) <= matmul_hopper.COUNTERS
                 else:
-                    assert k % (64 * shape.parts) == 0 and k // (64 * shape.parts) >= shape.split
+                    step = 64 * getattr(shape, "parts", 4)
+                    assert k % step == 0 and k // step >= shape.split
                     assert -(-n // (64 * shape.nwg)) <= matmul_hopper.COUNTERS
-    assert seen == {FewRows, Tiles}
+    assert seen == {FewRows, Tiles, ScaledTiles}
     assert shape_for(1, 4096, 4096, 132).groups == 1 and shape_for(9, 4096, 4096, 132).groups == 2
     assert cut(4096) == (16, 1, 1) and cut(2048) == (8, 2, 1) and cut(14336) == (14, 1, 4) and cut(896) is None
 
@@ -42,6 +43,7 @@ def test_what_is_chosen_fits():
 def test_who_takes_which_state(monkeypatch):
     """Only sm_90 and bitsandbytes' usual state; the switch is read once for each card."""
     monkeypatch.setattr(matmul_table, "enabled", lambda index: True)
+    monkeypatch.setattr(matmul_nvrtc, "library", lambda: (None, "13.0"))
     for capability, wanted, expected in (((9, 0), "", True), ((9, 0), "triton", False), ((8, 0), "", False)):
         monkeypatch.setattr(matmul_table, "capability", lambda index, found=capability: found)
         monkeypatch.setenv("UNSLOTH_EXT_NF4_MATMUL", wanted)
@@ -101,7 +103,7 @@ def nvrtc():
 
 def test_nvrtc_and_its_cache(nvrtc, tmp_path, monkeypatch):
     monkeypatch.setenv("UNSLOTH_EXT_CACHE", str(tmp_path))
-    for shape, k in ((FewRows("few_async", 2, 8, 2), 2048), (Tiles(16), 2048)):
+    for shape, k in ((FewRows("few_async", 2, 8, 2), 2048), (Tiles(16), 2048), (ScaledTiles(256, cluster=2), 2048)):
         macros = shape.macros(k) | {"FP16": 1}
         image = matmul_nvrtc.cubin(shape.kernel, macros)
         assert image[:4] == b"\x7fELF" and shape.kernel.encode() in image
@@ -130,8 +132,15 @@ def test_without_nvrtc(monkeypatch):
     try:
         with pytest.raises(OSError, match="was not found"):
             matmul_nvrtc.cubin("few_async", {})
+        monkeypatch.setattr(matmul_table, "capability", lambda index: (9, 0))
+        monkeypatch.delenv("UNSLOTH_EXT_NF4_MATMUL", raising=False)
+        matmul_table.processors.cache_clear()
+        with pytest.warns(RuntimeWarning, match="was not found") as warned:  # once, and Triton's kernels are instead
+            assert [matmul_table.processors(0) for _ in range(3)] == [0, 0, 0]
+        assert len(warned) == 1
     finally:
         matmul_nvrtc.library.cache_clear()
+        matmul_table.processors.cache_clear()
 
 
 # (kernel, its macros, rows of x). Small, but with more items than stages, last tiles that are not whole, and shared sums.
@@ -144,6 +153,8 @@ ON_HOST = [
     (3, {"MT": 16, "PARTS": 4, "STAGES": 3, "KDIM": 2048, "SPLIT": 2}, 9),
     (3, {"MT": 32, "PARTS": 2, "STAGES": 3, "KDIM": 1024, "LEAN": 1, "BUFFERS": 1, "DECODED": 1, "NWG": 1}, 40),
     (3, {"MT": 32, "PARTS": 2, "STAGES": 4, "KDIM": 1024, "SPLIT": 4, "WORDS": 1}, 27),
+    (4, {"MT": 32, "KWG": 2, "STAGES": 3, "RING": 3, "KDIM": 1280, "SPLIT": 2}, 40),
+    (4, {"MT": 64, "NWG": 1, "STAGES": 4, "KDIM": 768, "WIDE": 1, "WORDS": 1}, 50),
 ]
 
 

@@ -100,6 +100,21 @@ def test_a_patch_with_a_switch_waits_for_it(world, monkeypatch):
     assert state(registry) == ("applied", "") and w.load("model").forward(1) == 20
 
 
+def test_a_patch_that_is_on_unless_switched_off(world, monkeypatch):
+    w = world()
+    for value, expected in (
+        (None, "pending"),
+        ("", "pending"),
+        ("all", "pending"),
+        ("0", "disabled"),
+        ("off", "disabled"),
+    ):
+        monkeypatch.delenv("ROOM_SCALE", raising=False) if value is None else monkeypatch.setenv("ROOM_SCALE", value)
+        registry = w.registry(w.patch(switch="ROOM_SCALE", on_unless_switched_off=True))
+        registry.enable()
+        assert state(registry)[0] == expected
+
+
 def test_enabling_the_rest_keeps_why_a_patch_with_a_switch_failed(world, monkeypatch):
     w = world()
     monkeypatch.delenv("ROOM_SCALE", raising=False)

@@ -19,6 +19,7 @@ class CompileReport:
     recompiles: graphs beyond the first of each region. reasons: for each of them the guard that failed, as Dynamo words it.
     compile_seconds: forward and backward compiles together.
     compiled_calls: calls of a region that ran compiled. plain_calls: those that did not, by reason ("evaluation", "cache").
+    recorded_forwards: forwards of the model that ran as CUDA graphs. unrecorded: with cuda_graphs, those that did not, by reason.
     """
 
     scope: str
@@ -30,6 +31,8 @@ class CompileReport:
     compiled_calls: int
     plain_calls: dict[str, int]
     reasons: tuple[str, ...]
+    recorded_forwards: int = 0
+    unrecorded: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         plain = ", ".join(f"{count} plain ({why})" for why, count in self.plain_calls.items())
@@ -38,6 +41,9 @@ class CompileReport:
             f"{self.recompiles} recompiles, {self.compile_seconds:.1f} s to compile; "
             f"{self.compiled_calls} calls compiled{', ' + plain if plain else ''}"
         ]
+        if self.recorded_forwards or self.unrecorded:
+            others = "".join(f", {count} not ({why})" for why, count in self.unrecorded.items())
+            lines.append(f"  CUDA graphs: {self.recorded_forwards} forwards{others}")
         return "\n".join([*lines, *(f"  recompiled: {reason}" for reason in self.reasons)])
 
 
@@ -72,7 +78,8 @@ class Ledger:
                 if record.recompile_reason:
                     self.reasons[id] = record.recompile_reason
 
-    def report(self, scope: str) -> CompileReport:
+    def report(self, scope: str, recording) -> CompileReport:
+        """recording: the model's `CudaGraphs`."""
         self.collect()
         graphs = sum(self.graphs.values())
         return CompileReport(
@@ -85,4 +92,6 @@ class Ledger:
             compiled_calls=self.compiled_calls,
             plain_calls=dict(self.plain_calls),
             reasons=tuple(self.reasons.values()),
+            recorded_forwards=recording.used,
+            unrecorded=dict(recording.plain),
         )

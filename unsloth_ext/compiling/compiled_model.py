@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ..errors import Refused, UsageError
+from . import cuda_graphs as recording
 from .compile_failure import compiler_errors, explain
 from .compile_report import CompileReport, Ledger
 from .constant_outputs import constants_among_outputs
@@ -43,16 +44,17 @@ OPTIONS = {"epilogue_fusion": True, "shape_padding": True, "triton.cudagraphs": 
 class CompiledModel:
     """What `compile_model` gives back: a report, and the way out. The model itself is used as before."""
 
-    def __init__(self, model: torch.nn.Module, scope: str, ledger: Ledger):
+    def __init__(self, model: torch.nn.Module, scope: str, ledger: Ledger, graphs: recording.CudaGraphs):
         self.model = model
         self.scope = scope
         self._ledger = ledger
+        self._graphs = graphs
         self._replaced: list[tuple[torch.nn.Module, Any]] = []
         self._undo: Callable[[], None] | None = None
 
     def report(self) -> CompileReport:
         """Graphs, breaks, recompiles with their reasons, seconds to compile, calls compiled and not."""
-        return self._ledger.report(self.scope)
+        return self._ledger.report(self.scope, self._graphs)
 
     def restore(self) -> None:
         """Give the model its own forwards back. The graphs are freed with the last reference to this object."""
@@ -65,6 +67,7 @@ class CompiledModel:
         if self._undo is not None:
             self._undo()
             self._undo = None
+        self._graphs.unmark()
         self.model.__dict__.pop("_unsloth_ext_compiled", None)
 
     def _replace(self, module: torch.nn.Module, forward: Callable) -> None:
@@ -78,6 +81,7 @@ def compile_model(
     *,
     dynamic: bool | None = True,
     fullgraph: bool = True,
+    cuda_graphs: bool | str = False,
     backend: str | Callable = "inductor",
     options: dict[str, Any] | None = None,
 ) -> CompiledModel:
@@ -90,6 +94,10 @@ def compile_model(
         and loss stay as they are. "step" compiles the model's whole forward, with the loss where labels are given.
     dynamic: True for one graph for all lengths and all batch sizes above 1; False for one a shape; None lets Dynamo decide.
     fullgraph: False lets graphs break; report() counts the breaks.
+    cuda_graphs: True records batches whose shape repeats as CUDA graphs, with dense or padded rows and without checkpointing, and
+        replays them; "auto" does so on one card where the step takes no more than half of its memory. All other batches run as
+        without it, for reasons that report() counts (cuda_graphs.py). Worth it where the host is the limit: small models, short
+        batches. A loss must be backpropagated before the forward after next.
     backend: of torch.compile. options: Inductor's, beside OPTIONS.
 
     Nothing is compiled yet: that happens in the first calls, with the first batch of each kind. There a `CompileError` names
@@ -101,6 +109,10 @@ def compile_model(
         raise UsageError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     if options and backend != "inductor":
         raise UsageError(f"options are Inductor's, backend is {backend!r}", "Leave options or backend out.")
+    if cuda_graphs not in recording.MODES:
+        raise UsageError(f"cuda_graphs must be one of {', '.join(map(repr, recording.MODES))}, got {cuda_graphs!r}")
+    if cuda_graphs and backend != "inductor":
+        raise UsageError(f"cuda_graphs are Inductor's, backend is {backend!r}", "Leave cuda_graphs or backend out.")
     if not torch.torch_version.TorchVersion(torch.__version__) >= LEAST_TORCH:
         raise Refused(f"compile_model needs torch 2.11 or newer, this is {torch.__version__}")
     inner, layers = decoder(model)
@@ -116,12 +128,22 @@ def compile_model(
             "Call compile_model before memory_budget and before whatever else wraps the layers.",
         )
     ledger = Ledger()
-    compiled = CompiledModel(model, scope, ledger)
+    graphs = recording.CudaGraphs(model, inner.model, cuda_graphs)
+    compiled = CompiledModel(model, scope, ledger, graphs)
 
     def region(function, name):
-        chosen = torch._TorchCompileInductorWrapper(None, OPTIONS | (options or {}), dynamic)
+        """(the region, with cuda_graphs the region recorded): each is compiled when it is first called."""
         if backend != "inductor":
-            chosen = torch._dynamo.lookup_backend(backend)
+            return (one_region(function, name, torch._dynamo.lookup_backend(backend)),)
+        kinds = {name: OPTIONS | (options or {})}
+        if cuda_graphs:
+            kinds[f"{name}, recorded"] = kinds[name] | recording.OPTIONS
+        return tuple(
+            one_region(function, kind, torch._TorchCompileInductorWrapper(None, each, dynamic))
+            for kind, each in kinds.items()
+        )
+
+    def one_region(function, name, chosen):
         return torch.compile(
             _own_code(function), fullgraph=fullgraph, dynamic=dynamic, backend=ledger.counted(chosen, name)
         )
@@ -137,12 +159,12 @@ def compile_model(
             def step(model_forward, kwargs):
                 return model_forward(**kwargs)
 
-            compiled._replace(model, _step(model, inner, own, region(step, type(model).__name__), ledger))
+            compiled._replace(model, _step(model, inner, own, region(step, type(model).__name__), ledger, graphs))
         else:
             regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
             for layer in layers:
-                layer.__dict__["forward"] = _block(model, layer, regions[type(layer)], ledger)
-            compiled._replace(inner.model, _without_cache(inner.model, inner.model.forward))
+                layer.__dict__["forward"] = _block(model, layer, regions[type(layer)], ledger, graphs)
+            compiled._replace(inner.model, _without_cache(inner.model, inner.model.forward, graphs))
     except BaseException:  # a backend that does not exist, an option that Inductor does not know
         compiled.restore()
         raise
@@ -239,7 +261,7 @@ def _why_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _step(model, inner, own, compiled, ledger):
+def _step(model, inner, own, compiled, ledger, graphs):
     names = list(_parameters(own))
 
     def forward(*args, **kwargs):
@@ -250,12 +272,14 @@ def _step(model, inner, own, compiled, ledger):
             return own(**kwargs)
         kwargs["use_cache"] = False  # nobody reads it, and making it would be in the graph
         kwargs = _before_unsloth(inner.model, packed_arguments(kwargs))
-        return _run(model, ledger, compiled, own, kwargs)
+        recorded = graphs.begin(kwargs)
+        output = _run(model, ledger, compiled[recorded], own, kwargs)
+        return recording.copied_out(output) if recorded else output
 
     return forward
 
 
-def _block(model, layer, compiled, ledger):
+def _block(model, layer, compiled, ledger, graphs):
     plain = types.MethodType(_plain_forward(type(layer)), layer)
 
     def forward(*args, **kwargs):
@@ -263,12 +287,14 @@ def _block(model, layer, compiled, ledger):
         if why:
             ledger.plain_calls[why] += 1
             return plain(*args, **kwargs)
-        return _run(model, ledger, compiled, layer, *args, **kwargs)
+        return _run(model, ledger, compiled[graphs.active], layer, *args, **kwargs)
 
     return forward
 
 
-def _without_cache(stack, own):
+def _without_cache(stack, own, graphs):
+    names = list(_parameters(own))
+
     def forward(*args, **kwargs):
         # transformers gives each training batch a cache that nobody reads; with it the layers would not be a training step's.
         if (
@@ -280,8 +306,12 @@ def _without_cache(stack, own):
             kwargs["use_cache"] = False
         if not stack.training:
             return own(*args, **kwargs)
-        with _settings():  # once for all layers
-            return own(*args, **kwargs)
+        graphs.active = graphs.begin(kwargs | dict(zip(names, args, strict=False)))
+        try:
+            with _settings():  # once for all layers
+                return own(*args, **kwargs)
+        finally:
+            graphs.active = False  # a layer called on its own, as checkpoints do, runs as it is
 
     return forward
 

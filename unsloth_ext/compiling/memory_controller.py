@@ -73,6 +73,9 @@ class _Pass:
     def __init__(self, plan: Plan, tokens: int, sequence: int):
         self.plan, self.tokens, self.sequence = plan, tokens, sequence
         self.sent: dict[int, list[weakref.ref]] = {}
+        self.late: dict[int, list[weakref.ref]] = {}  # wanted only when `computed` are there
+        self.computed: dict[int, list[weakref.ref]] = {}
+        self.looked = 0
         self.after_layers = self.peak_before = 0
         self.measuring = False
 
@@ -154,8 +157,11 @@ class MemoryBudget:
     def _static(self) -> int:
         """What is allocated at the start of a forward, and what the step will add that no plan can change."""
         gradients = sum(p.numel() * p.element_size() for p in self.trainable if p.grad is None)
-        states = 0 if self.stepped else 8 * sum(p.numel() for p in self.trainable)  # Adam's two, in fp32
-        return self.meter.allocated() + gradients + states
+        return self.meter.allocated() + gradients
+
+    def _wished(self) -> int:
+        """The limit that a plan is chosen by: room is left for the states of an optimizer that has not stepped, Adam's in fp32."""
+        return self.limit() - (0 if self.stepped else 8 * sum(p.numel() for p in self.trainable))
 
     def _begin(self, state, layer, inner, args, kwargs) -> _Pass:
         x = memory_layers.hidden_states(args, kwargs)
@@ -181,11 +187,12 @@ class MemoryBudget:
         started = _Pass(plan, tokens, sequence)
         started.measuring = self.loss_bytes is None and self.device.type == "cuda"
         started.peak_before = self.meter.peak()
+        started.looked = sum(one.looked for one in self.states)
         return started
 
     def _planned(self, tokens: int, sequence: int) -> Plan:
         static = -(-self._static() // _STEP) * _STEP if self.device.type == "cuda" else self._static()
-        limit, measured = self.limit(), self.loss_bytes is not None or self.device.type != "cuda"
+        limit, measured = self._wished(), self.loss_bytes is not None or self.device.type != "cuda"
         key = (tokens, sequence, static, limit // _STEP, measured, self.correction)
         if key not in self._plans:
             costs = self.costs.scaled(tokens, sequence)
@@ -194,8 +201,14 @@ class MemoryBudget:
                 loss=int((self.loss_bytes or 0) * tokens),
                 host_memory=self.host_memory if self.offloader is not None else 0,
             )
-            lowest = smallest(costs, len(self.states), **known)
-            if lowest.peak > limit >= lowest.peak - self.correction:
+            plan = smallest(costs, len(self.states), **known)
+            if plan.peak <= limit:
+                if measured:
+                    plan = best(costs, len(self.states), limit, **known)
+            elif plan.peak - self.correction > (all_of_it := self.meter.limit(self.budget, 0.0)):
+                # A margin, or what is kept for an optimizer that may need less, makes no budget impossible.
+                best(costs, len(self.states), all_of_it, **known)  # raises
+            elif plan.peak > all_of_it:
                 # What earlier steps took beyond their predictions is no reason to end a run that is going on.
                 logger.warning(
                     "memory budget %s: steps took %.2f GiB more than predicted, and with that much less no plan fits; the "
@@ -203,11 +216,6 @@ class MemoryBudget:
                     self.given,
                     self.correction / 2**30,
                 )
-                plan = lowest
-            elif measured or lowest.peak > limit:
-                plan = best(costs, len(self.states), limit, **known)
-            else:
-                plan = lowest
             if len(self._plans) >= 1024:  # batches of ever new lengths
                 self._plans.clear()
             self._plans[key] = plan
@@ -223,6 +231,7 @@ class MemoryBudget:
 
     def run(self, state, layer, inner, args, kwargs):
         """One layer's training forward, called by its wrapper."""
+        state.outside = True
         if state.index == 0:
             self._pass = self._begin(state, layer, inner, args, kwargs)
         current = self._pass
@@ -232,8 +241,13 @@ class MemoryBudget:
         if self.offloader is not None:
             self.offloader.drain()  # what the layer before has sent
         if frame is not None:
-            sent = current.sent.setdefault(state.index, [])
-            memory_layers.settle(state, layer, frame, state.level, self.scripts, lambda value: self._send(value, sent))
+            lists = current.sent.setdefault(state.index, []), current.late.setdefault(state.index, [])
+
+            def send(value, late):
+                self.offloader.send(value)
+                lists[late].append(weakref.ref(value))
+
+            current.computed[state.index] = memory_layers.settle(state, layer, frame, state.level, self.scripts, send)
         tensor = out[0] if isinstance(out, (tuple, list)) else out
         if tensor.requires_grad and (current.sent or state.index in (0, self._last)):
             tensor.register_hook(lambda gradient, index=state.index: self._reached(current, index))
@@ -243,24 +257,26 @@ class MemoryBudget:
                 self.meter.reset_peak()
         return out
 
-    def _send(self, value, sent: list) -> None:
-        self.offloader.send(value)
-        sent.append(weakref.ref(value))
-
     def _reached(self, current: _Pass, index: int) -> None:
-        """The backward has come to layer `index`: bring back what the layer before it will want."""
+        """The backward has come to layer `index`: bring back what it still lacks and what the layer before it will want."""
         if index == self._last and current.measuring:
             current.measuring = False
             self.loss_bytes = (self.meter.peak() - current.after_layers) / current.tokens
             self._plans.clear()
-        for below in (index, index - 1):
-            for ref in current.sent.get(below, ()):
+        for refs in (current.sent.get(index), current.late.get(index), current.sent.get(index - 1)):
+            for ref in refs or ():
                 value = ref()
                 if value is not None and value.restored is None and not self.offloader.call_off(value):
                     self.offloader.fetch(value)
+        if current.late.get(index):
+            # Autograd reads what a layer saved in its own order: the products first, while the copies are under way.
+            for ref in current.computed[index]:
+                if (value := ref()) is not None:
+                    value.get()
         if index == 0 and self.device.type == "cuda":
             over = self.meter.peak() - current.plan.peak
-            if self.meter.peak() > current.peak_before and over > 0:
+            examined = sum(one.looked for one in self.states) - current.looked  # takes memory, and is done with
+            if self.meter.peak() > current.peak_before and over > 0 and not examined:
                 self.correction += -(-over // _STEP) * _STEP
                 self._plans.clear()
 

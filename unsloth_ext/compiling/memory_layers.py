@@ -4,8 +4,9 @@ Three kinds of modules get an instance `forward`: the layer, its MLP (whose insi
 the layer calls them as modules. The wrapped code is whatever stood there: Unsloth's fused forward, a block that Unsloth compiles,
 transformers' own. Inside a graph (`torch.compile`) there are no hooks; there the same levels are expressed by activation
 checkpointing of the MLP or of the layer, which the compiler's partitioner turns into recomputation of what is needed and no
-more. Offloading belongs to the world outside the graph: around a block that is compiled by itself it works, inside a graph of
-the whole step it does not.
+more. Around a block that is compiled by itself the hooks see what its graph saves; how that is computed again is found from the
+block's uncompiled forward (retrace.py). Offloading belongs to the world outside the graph: inside a graph of the whole step
+there is none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ import torch
 
 from . import recompute
 from .recompute import LEVELS, Frame, Level, Stop, Value
-from .recompute_recipes import Products, Script, examine, norm_functions, norm_recipe, norms_of, whole
+from .recompute_recipes import (
+    Products,
+    Script,
+    copy_recipe,
+    examine,
+    norm_functions,
+    norm_recipe,
+    norms_of,
+    view,
+    whole,
+)
+from .retrace import Outline, Part, Retrace, look, mlp_input, uncompiled
 
 _SEAT = "_unsloth_ext_memory"
 
@@ -58,6 +70,10 @@ class LayerState:
         self.level: Level = LEVELS["keep"]
         mlp = getattr(layer, "mlp", None)
         self.mlp = mlp if all(hasattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")) else None
+        self.looked = 0  # how often its saved tensors were examined
+        self.outside = (
+            False  # whether the layer runs under `MemoryBudget.run`: a graph inside it then has no levels of its own
+        )
         self.intermediate = getattr(getattr(self.mlp, "gate_proj", None), "out_features", 0)
 
     @contextlib.contextmanager
@@ -180,13 +196,15 @@ def mlp_forward(self, *args, **kwargs):
     if state is None or not torch.is_grad_enabled() or not args:
         return seat.call(self, *args, **kwargs)
     if torch.compiler.is_compiling():
-        checkpointed = self.training and state.level.mlp_in_graph
+        checkpointed = not state.outside and self.training and state.level.mlp_in_graph
         return _in_graph(seat, self, args, kwargs) if checkpointed else seat.call(self, *args, **kwargs)
     again = recompute.replaying()
     if again is not None and again.where == state.path:
+        if isinstance(again, Retrace):
+            again.at_mlp(args[0])
         return _mlp_replayed(again, seat, self, args, kwargs)
     frame = recompute.current()
-    if frame is None or frame.where != state.path or state.level.wide != "recompute":
+    if frame is None or frame.where != state.path or not state.level.inside_mlp:
         return seat.call(self, *args, **kwargs)
     rest = args[1:]
     own = Frame(f"{state.path}.mlp", args[0], lambda tensor: seat.call(self, tensor, *rest, **kwargs), owner=frame)
@@ -257,9 +275,9 @@ def run_layer(state: LayerState, layer, inner, args, kwargs, level: Level, scrip
     others = {k: _HERE if a is x else a for k, a in kwargs.items()}
     _addresses((rest, others), outside)
 
-    def run(tensor):
+    def run(tensor, function=inner):
         with state.at(level):
-            return inner(
+            return function(
                 *(tensor if a is _HERE else a for a in rest),
                 **{k: tensor if a is _HERE else a for k, a in others.items()},
             )
@@ -281,24 +299,41 @@ def _addresses(tree, found: set) -> None:
             _addresses(item, found)
 
 
-def settle(state: LayerState, layer, frame: Frame, level: Level, scripts: dict, send) -> None:
-    """Decide about every storage of a finished run, and close its frames. `send(value)` offloads."""
+def settle(state: LayerState, layer, frame: Frame, level: Level, scripts: dict, send) -> list[weakref.ref]:
+    """Decide about every storage of a finished run, and close its frames.
+
+    `send(value, late)` offloads; late: it is wanted back only after gate and up have been computed. Returns the values of gate
+    and up that will be computed.
+    """
     mlp = frame.mlp
+    inside = level.inside_mlp or level.layer
+    plain = uncompiled(layer) if inside and mlp is None and state.mlp is not None else None  # the layer ran compiled
     script = Script()
-    if level.norms or mlp is not None:
+    if level.norms or inside:
         # Of this layer: in another one two norms that are equal here need not be.
-        key = (state.index, level.norms, frame.signature, None if mlp is None else mlp.signature)
+        key = (state.index, level.norms, plain is None, frame.signature, None if mlp is None else mlp.signature)
         script = scripts.get(key)
         if script is None or not script.final:
-            script = scripts[key] = examine(layer, frame, state.mlp, mlp)
+            script = scripts[key] = _examined(state, layer, frame, plain)
     norms = norm_functions(layer) if script.norm or script.norms else {}
     recipes: dict[Value, object] = {}
+    residual = {frame.input.value}
     for address, (norm, source) in frame.outputs.items():
         if address in frame.values:
             recipes[frame.values[address]] = norm_recipe(norm, source, frame.surroundings)
+            residual.add(source.value)
     for index, (name, source) in script.norms.items():
         if (handle := whole(frame, index)) is not None:
             recipes.setdefault(handle.value, _norm(frame, norms[name], source))
+            residual.add(_source(frame, source).value)
+    if script.norm is not None:
+        residual.add(_source(frame, script.norm[1]).value)
+    for index, source in script.copies.items() if level.norms else ():
+        recipes.setdefault(
+            whole(frame, index).value, copy_recipe(view(frame, source), frame.sequence, frame.surroundings)
+        )
+    products: dict[Value, str] = {}
+    part = mlp
     if mlp is not None:
         at = mlp.input.value
         if level.layer:
@@ -306,36 +341,78 @@ def settle(state: LayerState, layer, frame: Frame, level: Level, scripts: dict, 
             recipes[at] = _from_replay(frame, weakref.ref(at))
         elif script.norm is not None:
             recipes.setdefault(at, _norm(frame, norms[script.norm[0]], script.norm[1]))
-        if script.products is None:
-            for value in mlp.values.values():
-                if value is not at:
-                    value.storage = None  # replayed: `Value.get` asks its frame
-        else:
-            products = Products(state.mlp, mlp, script)
-            for index, name in script.products.items():
-                value = mlp.events[index][0]()
-                value.name, value.storage, value.recipe = name, None, functools.partial(products, name)
+    elif plain is not None and script.products is not None and (script.outline is not None or not level.layer):
+        part = Part(frame, mlp_input(layer, frame, script), state.intermediate)
+        if level.layer:
+            frame.outline = Outline(frame, script, plain)
+    if part is not None:
+        products = {part.events[i][0](): name for i, name in (script.products or {}).items()}
+    wide = {v for v in mlp.values.values() if v is not mlp.input.value} if mlp is not None else set()
+    wide |= _wide(frame, state.intermediate)
+    if not products and level.gate != level.up and (mlp is None or "recompute" not in (level.gate, level.up)):
+        # Not known which is which: the one half and the other.
+        halves = [v for v in dict.fromkeys(_values(mlp or frame)) if v in wide]
+        products = {v: ("gate", "up")[i % 2] for i, v in enumerate(halves)}
+    make = Products(state.mlp, part, script) if script.products and part is not None else None
+    computed = []
     for norm in frame.norms:
         for value in norm.values.values():
             if value is not norm.input.value:
                 value.storage = None
-    wide = _wide(frame, state.intermediate)
-    for value in frame.values.values():
+    outlined = set() if frame.outline is None else {ref() for ref in frame.outline.values()}
+    for value in {**dict.fromkeys(frame.values.values()), **dict.fromkeys(wide)}:
         if value.storage is None:
             continue
-        if value in recipes and (level.norms or level.layer):
+        if value in wide:
+            name = products.get(value)
+            if name is None and make is not None:
+                continue  # x A^T and the like
+            what = level.of(name) if name else level.gate if level.gate == level.up else "recompute"
+            if what == "recompute" and make is not None:
+                value.name, value.storage, value.recipe = name, None, functools.partial(make, name)
+                computed.append(weakref.ref(value))
+            elif what == "recompute" and (mlp is not None and value.frame is mlp or level.layer):
+                value.storage = None  # replayed: `Value.get` asks its frame
+            elif what == "offload":
+                send(value, False)
+        elif level.layer and frame.outline is not None:
+            if value in outlined:
+                value.storage = None
+            elif value is frame.input.value and level.residual == "offload":
+                send(value, False)
+        elif value in recipes and (level.norms or level.layer):
             value.storage, value.recipe = None, recipes[value]
         elif level.layer and value is not frame.input.value:
             value.storage = None
-        elif (level.wide if value in wide else level.bulk) == "offload":
-            send(value)
+        elif (level.residual if value in residual else level.attention) == "offload":
+            send(value, level.late and make is not None and value not in residual)
     for one in (frame, mlp, *frame.norms):
         if one is not None:
             one.close()
+    return computed
+
+
+def _examined(state: LayerState, layer, frame: Frame, plain) -> Script:
+    state.looked += 1
+    try:
+        script = examine(layer, frame, state.mlp, frame.mlp)
+        if plain is not None:
+            look(script, layer, frame, state.mlp, state.intermediate, plain)
+        return script
+    except torch.OutOfMemoryError as error:  # what is not known is replayed or kept; the next batch may leave more room
+        return Script(final=False, why=f"out of memory: {str(error)[:200]}")
+
+
+def _values(part):
+    return (value for ref, _, _ in part.events if ref is not None and (value := ref()) is not None)
+
+
+def _source(frame: Frame, source: int | None):
+    return frame.input if source is None else whole(frame, source)
 
 
 def _norm(frame: Frame, norm, source: int | None):
-    return norm_recipe(norm, frame.input if source is None else whole(frame, source), frame.surroundings)
+    return norm_recipe(norm, _source(frame, source), frame.surroundings)
 
 
 def _from_replay(frame: Frame, ref):
@@ -348,4 +425,5 @@ def _from_replay(frame: Frame, ref):
 
 
 def _wide(frame: Frame, intermediate: int) -> set[Value]:
-    return {ref() for ref, _, shape in frame.events if ref is not None and shape and shape[-1] == intermediate}
+    found = {ref() for ref, _, shape in frame.events if ref is not None and shape and shape[-1] == intermediate}
+    return found - {frame.input.value, None}

@@ -16,8 +16,15 @@ from .memory_plan import Costs, LevelCost
 from .recompute import LEVELS
 
 # What is run; the levels that offload differ from these by where bytes are, and by the link.
-MEASURED = ("keep", "norms", "gate_up", "layer")
-OFFLOADING = {"norms+offload": "norms", "gate_up+offload": "gate_up", "layer+offload": "layer", "offload": "norms"}
+MEASURED = ("keep", "norms", "up", "gate_up", "layer")
+OFFLOADING = {
+    "norms+offload": "norms",
+    "gate+offload": "norms",
+    "up+offload": "up",
+    "gate_up+offload": "gate_up",
+    "layer+offload": "layer",
+    "offload": "norms",
+}
 
 
 class _Source(torch.autograd.Function):
@@ -39,11 +46,11 @@ def measure(state, layer, inner, args, kwargs, scripts: dict, meter, offloader, 
     costs, failure, forward, backward = {}, None, 0.0, 0.0
     with torch.random.fork_rng(devices), meter.counting(), torch.enable_grad():
 
-        def once(level, send=lambda value: None, only_forward=False):
+        def once(level, send=lambda value, late: None, only_forward=False):
             return _once(state, layer, inner, args, kwargs, LEVELS[level], scripts, meter, send, only_forward)
 
         for name in MEASURED:
-            if name in ("gate_up",) and state.mlp is None:
+            if name in ("up", "gate_up") and state.mlp is None:
                 continue
             try:
                 runs = [once(name) for _ in range(1 + repeat)][1:]
@@ -61,11 +68,12 @@ def measure(state, layer, inner, args, kwargs, scripts: dict, meter, offloader, 
         for name, base in OFFLOADING.items() if offloader is not None else ():
             if base not in costs:
                 continue
-            sent: list[int] = []
-            once(name, lambda value, sent=sent: sent.append(value.nbytes), only_forward=True)
-            base = costs[base]
+            sent: list[tuple[int, bool]] = []
+            once(name, lambda value, late, sent=sent: sent.append((value.nbytes, late)), only_forward=True)
+            base, host = costs[base], sum(nbytes for nbytes, _ in sent)
+            early = sum(nbytes for nbytes, late in sent if not late)
             costs[name] = LevelCost(
-                name, max(0, base.kept - sum(sent)), sum(sent), base.forward_peak, base.backward_peak, base.extra
+                name, max(0, base.kept - host), host, base.forward_peak, base.backward_peak, base.extra, early
             )
     link = offloader.bandwidth() if offloader is not None else (1.0, 1.0)
     rows = x.numel() // x.shape[-1]

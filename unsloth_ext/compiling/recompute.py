@@ -7,7 +7,8 @@ when it ends, the frame knows the whole list and decides for each storage:
     keep         the storage stays where it is
     offload      it is copied to pinned host memory, and comes back just before the backward needs it (offload.py)
     recipe       it is dropped; a recipe computes it from something that is kept: a norm's output from its input, gate and up
-                 from the MLP's input. Neither the attention nor the down projection runs again
+                 from the MLP's input, the attention's output as the projection reads it from the one that its backward reads.
+                 Neither the attention nor the down projection runs again
     replay       it is dropped; the first read runs the piece again as torch.utils.checkpoint does (non-reentrant), with the
                  random state and autocast of the first run, and fills everything that the piece had saved
 
@@ -36,32 +37,56 @@ _local = threading.local()  # .frame: the layer that runs in this thread; .repla
 
 @dataclass(frozen=True)
 class Level:
-    """What one layer does. `wide` is what the MLP saves beyond its input; `bulk` is the rest: the layer's and the second norm's
-    input, q, k, v, the attention's output. `layer` runs everything again from the layer's input, gate and up by their recipes."""
+    """What one layer does with each part of what it saves: "keep", "recompute" or "offload" it.
+
+    norms: norms' outputs and insides, and the attention's output in its second layout, are computed again.
+    gate, up: the products of the MLP; what it makes of both follows "recompute" in either.
+    attention: q, k, v, the attention's output. residual: the layer's input and the second norm's.
+    layer: everything up to the MLP's input is computed again from the layer's input; gate and up by their recipes."""
 
     name: str
-    norms: bool = False  # norms' outputs and insides are computed again
-    wide: str = "keep"  # "keep", "recompute" or "offload"
-    bulk: str = "keep"  # "keep" or "offload"
+    norms: bool = False
+    gate: str = "keep"
+    up: str = "keep"
+    attention: str = "keep"
+    residual: str = "keep"
     layer: bool = False
     # What a compiled layer asks about its MLP: one question, so that all levels together make two graphs.
     mlp_in_graph: bool = field(init=False)
+    # Whether the MLP's tensors have to be told apart.
+    inside_mlp: bool = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "mlp_in_graph", self.wide == "recompute" and not self.layer)
+        object.__setattr__(self, "mlp_in_graph", self.gate == self.up == "recompute" and not self.layer)
+        object.__setattr__(self, "inside_mlp", self.gate != self.up or self.gate == "recompute")
+
+    @property
+    def late(self) -> bool:
+        """Whether gate and up are computed while the attention's tensors come back: they need not be there earlier."""
+        return self.mlp_in_graph and self.attention == "offload"
+
+    def of(self, name: str) -> str:
+        """What to do with one product of the MLP."""
+        if name in ("gate", "up"):
+            return getattr(self, name)
+        return "recompute" if "recompute" in (self.gate, self.up) else self.gate
 
 
+_ALL = dict(attention="offload", residual="offload")
 LEVELS = {
     level.name: level
     for level in (
         Level("keep"),
         Level("norms", norms=True),
-        Level("gate_up", norms=True, wide="recompute"),
-        Level("layer", wide="recompute", layer=True),
-        Level("norms+offload", norms=True, bulk="offload"),
-        Level("gate_up+offload", norms=True, wide="recompute", bulk="offload"),
-        Level("layer+offload", wide="recompute", bulk="offload", layer=True),
-        Level("offload", norms=True, wide="offload", bulk="offload"),
+        Level("up", norms=True, up="recompute"),
+        Level("gate_up", norms=True, gate="recompute", up="recompute"),
+        Level("layer", gate="recompute", up="recompute", layer=True),
+        Level("norms+offload", norms=True, **_ALL),
+        Level("gate+offload", norms=True, gate="offload", residual="offload"),
+        Level("up+offload", norms=True, gate="offload", up="recompute", residual="offload"),
+        Level("gate_up+offload", norms=True, gate="recompute", up="recompute", **_ALL),
+        Level("layer+offload", gate="recompute", up="recompute", layer=True, residual="offload"),
+        Level("offload", norms=True, gate="offload", up="offload", **_ALL),
     )
 }
 
@@ -173,6 +198,8 @@ class Frame:
         self.where, self.run, self.outside = where, run, outside if owner is None else owner.outside
         self.values: dict[int, Value] = {}  # by address; all alive while the piece runs, emptied by `close`
         self.events: list = []  # (weak reference to a value or None, dtype, shape) for each saved tensor, in order
+        self.layouts: list = []  # (stride, offset) of the same, None where there is no value
+        self.outline = None  # of a compiled layer: how to fill its values without its graph (retrace.py)
         self.outputs: dict[int, tuple] = {}  # address of a norm's output -> (norm, its input)
         self.mlp: Frame | None = None  # the inner frames of this run, until it ends
         self.norms: list[Frame] = []
@@ -204,6 +231,7 @@ class Frame:
             elif value.frame is None:
                 value.frame = self if value is not self.input.value else None
         self.events.append((None if value is None else weakref.ref(value), tensor.dtype, tensor.shape))
+        self.layouts.append(None if value is None else (tensor.stride(), tensor.storage_offset()))
         return tensor if value is None else Saved(value, tensor)
 
     def _ours(self, tensor: torch.Tensor) -> bool:
@@ -239,15 +267,12 @@ class Frame:
     def replay(self) -> None:
         """Run the piece again and fill every value of this frame that is still wanted."""
         tensor = self.input.tensor().detach().requires_grad_(self.requires_grad)
+        if self.outline is not None:
+            self.outline.fill(self, tensor)
+            return
         self.replayed = 0
-        outer, _local.replay = getattr(_local, "replay", None), self
-        frame, _local.frame = getattr(_local, "frame", None), None
-        try:
-            with torch.enable_grad(), self.surroundings.again():
-                with torch.autograd.graph.saved_tensors_hooks(self._capture, _unread), contextlib.suppress(Stop):
-                    self.run(tensor)
-        finally:
-            _local.replay, _local.frame = outer, frame
+        with again(self, self.surroundings, self._capture):
+            self.run(tensor)
         if self.replayed != len(self.events):
             raise RuntimeError(
                 f"{self.where} saved {len(self.events)} tensors for the backward and {self.replayed} when it was run again: "
@@ -278,11 +303,25 @@ def _unread(nothing):
     raise RuntimeError("the graph of a second run was differentiated")
 
 
+@contextlib.contextmanager
+def again(run, surroundings: Surroundings, pack: Callable):
+    """A second run, known to the wrapped modules as `run`, ended by `Stop` or by itself; `pack` gets what it saves."""
+    outer, _local.replay = getattr(_local, "replay", None), run
+    frame, _local.frame = getattr(_local, "frame", None), None
+    try:
+        with torch.enable_grad(), surroundings.again():
+            with torch.autograd.graph.saved_tensors_hooks(pack, _unread), contextlib.suppress(Stop):
+                yield
+    finally:
+        _local.replay, _local.frame = outer, frame
+
+
 def current() -> Frame | None:
     return getattr(_local, "frame", None)
 
 
-def replaying() -> Frame | None:
+def replaying():
+    """The frame, or the `retrace.Retrace`, that is run again in this thread."""
     return getattr(_local, "replay", None)
 
 

@@ -24,13 +24,19 @@ class Script:
     """norm: name of the norm that made the MLP's input and the event that holds the norm's input (None for the layer's input).
     norms: the same for the layer's own events.
     products: event index -> name of the product ("gate", "up", "act", "product"), and how projections are summed; None where
-    some wide tensor is none of them: then the MLP is replayed. final: whether it need not be looked for again."""
+    some wide tensor is none of them: then the MLP is replayed. final: whether it need not be looked for again.
+    copies: event of the attention's output as the output projection reads it -> event as the attention's backward reads it.
+    outline, mlp_input: of a compiled layer (retrace.py). why: what was not found, in words."""
 
     norm: tuple[str, int | None] | None = None
     products: dict[int, str] | None = None
     fused: bool = False
     final: bool = True
     norms: dict[int, tuple[str, int | None]] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)
+    outline: dict[int, int] | None = None
+    mlp_input: int | None = None
+    why: str = ""
 
 
 def norms_of(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -93,19 +99,21 @@ def fused_projection(projection, tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 class Products:
-    """The MLP's inner tensors, computed from its input when they are wanted. `gate`, `up`, `act` (of gate), `product`."""
+    """The MLP's inner tensors, computed from its input when they are wanted. `gate`, `up`, `act` (of gate), `product`.
 
-    def __init__(self, mlp: torch.nn.Module, frame: Frame, script: Script):
-        self.mlp, self.frame, self.fused = mlp, frame, script.fused
+    part: the MLP's frame, or the MLP's `retrace.Part` of a compiled layer's."""
+
+    def __init__(self, mlp: torch.nn.Module, part, script: Script):
+        self.mlp, self.part, self.fused = mlp, part, script.fused
         self.events = {name: index for index, name in (script.products or {}).items()}
 
     def __call__(self, name: str) -> torch.UntypedStorage:
-        with torch.no_grad(), self.frame.surroundings.again():
+        with torch.no_grad(), self.part.surroundings.again():
             return self.make(name).contiguous().untyped_storage()
 
     def make(self, name: str) -> torch.Tensor:
         if name in ("gate", "up"):
-            projection, tensor = getattr(self.mlp, f"{name}_proj"), self.frame.input.tensor()
+            projection, tensor = getattr(self.mlp, f"{name}_proj"), self.part.input.tensor()
             if self.fused:
                 return fused_projection(projection, tensor)
             with (
@@ -118,13 +126,11 @@ class Products:
 
     def _have(self, name: str) -> torch.Tensor:
         """Taken from the value that holds it, or made for it: the backward will ask for that value soon."""
-        ref, dtype, shape = self.frame.events[self.events[name]] if name in self.events else (None, None, None)
+        ref, dtype, shape = self.part.events[self.events[name]] if name in self.events else (None, None, None)
         value = None if ref is None else ref()
         if value is None:
             return self.make(name)
-        if value.restored is None:
-            value.restored = self.make(name).contiguous().untyped_storage()
-        return torch.empty(0, dtype=dtype, device=value.device).set_(value.restored, 0, shape)
+        return torch.empty(0, dtype=dtype, device=value.device).set_(value.get(), 0, shape)
 
 
 def norm_recipe(norm: Callable, source: Saved, surroundings) -> Callable[[], torch.UntypedStorage]:
@@ -133,6 +139,39 @@ def norm_recipe(norm: Callable, source: Saved, surroundings) -> Callable[[], tor
             return norm(source.tensor()).contiguous().untyped_storage()
 
     return recipe
+
+
+def copy_recipe(source: Saved, sequence: int, surroundings) -> Callable[[], torch.UntypedStorage]:
+    def recipe():
+        with torch.no_grad(), surroundings.again():
+            return rows_of(source.tensor(), sequence).untyped_storage()
+
+    return recipe
+
+
+def rows_of(attended: torch.Tensor, sequence: int) -> torch.Tensor:
+    """An attention's output (batch, heads, length, width), length perhaps padded, as rows for the output projection."""
+    return attended[:, :, :sequence].transpose(1, 2).contiguous(memory_format=torch.contiguous_format)
+
+
+def view(frame: Frame, index: int) -> Saved | None:
+    """An event's view if it covers its storage, in whatever order of dimensions."""
+    ref, dtype, shape = frame.events[index]
+    value = None if ref is None else ref()
+    if value is None or shape.numel() * dtype.itemsize != value.nbytes:
+        return None
+    stride, offset = frame.layouts[index]
+    like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return Saved(value, like) if offset == 0 and _dense(shape, stride) else None
+
+
+def _dense(shape, stride) -> bool:
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def whole(frame: Frame, index: int) -> Saved | None:
@@ -152,7 +191,7 @@ def same(candidate: torch.Tensor | None, saved: torch.Tensor) -> bool:
 
 
 def examine(layer: torch.nn.Module, frame: Frame, mlp: torch.nn.Module | None, inner: Frame | None) -> Script:
-    """The script of one run of `layer` whose frames are still open."""
+    """The script of one run of `layer` whose frames are still open; inner: the frame of its MLP, if that was one."""
     script = Script()
     with torch.no_grad(), frame.surroundings.again():
         x = frame.input.tensor()
@@ -179,21 +218,40 @@ def examine(layer: torch.nn.Module, frame: Frame, mlp: torch.nn.Module | None, i
                 script.norm = fits[0]
             else:
                 script.norms[index] = fits[0]
+        _find_copies(script, frame, wanted)
         if inner is not None and mlp is not None:
-            _find_products(script, mlp, inner)
+            find_products(script, mlp, inner)
     return script
+
+
+def _find_copies(script: Script, frame: Frame, wanted: list) -> None:
+    for index, handle in wanted:
+        if index in script.norms:
+            continue
+        for other, (_, dtype, shape) in enumerate(frame.events):
+            if len(shape) != 4 or shape[0] != frame.batch or shape[2] < frame.sequence or dtype != handle.dtype:
+                continue
+            if shape[1] * shape[3] * frame.sequence * frame.batch != handle.shape.numel():
+                continue
+            source = view(frame, other)
+            if source is None or source.value in (handle.value, frame.input.value):
+                continue
+            if same(rows_of(source.tensor(), frame.sequence), handle.tensor()):
+                script.copies[index] = other
+                break
 
 
 def address_of(handle: Saved) -> int:
     return handle.value.get().data_ptr()
 
 
-def _find_products(script: Script, mlp: torch.nn.Module, inner: Frame) -> None:
-    least = inner.input.value.nbytes // 8  # x A^T is small: it is kept
+def find_products(script: Script, mlp: torch.nn.Module, part) -> None:
+    """Fill script.products from `part` (see Products), or say in script.why what was found instead."""
+    least = part.input.value.nbytes // 8  # x A^T is small: it is kept
     wide = {
         i
-        for i, (ref, _, _) in enumerate(inner.events)
-        if ref is not None and ref() is not inner.input.value and ref().nbytes >= least
+        for i, (ref, _, _) in enumerate(part.events)
+        if ref is not None and ref() is not part.input.value and ref().nbytes >= least
     }
     adapters = [
         parts[1:3]
@@ -204,35 +262,62 @@ def _find_products(script: Script, mlp: torch.nn.Module, inner: Frame) -> None:
     # As modules, the projections leave x A^T behind; the fused kernels compute that again in their backward.
     as_modules = any(
         shape and shape[-1] in ranks and len(shape) > 1
-        for ref, _, shape in inner.events
+        for ref, _, shape in part.events
         if not _is_adapter(shape, adapters)
     )
     # While B is all zeros the two orders cannot be told apart by their bits: look again next time.
     script.final = all(bool(b.detach().any()) for _, b in adapters)
     for fused in (False,) if as_modules else (True, False):
-        products, drawn = Products(mlp, inner, Script(fused=fused)), _random_state(inner)
+        products, drawn = Products(mlp, part, Script(fused=fused)), _random_state(part)
         try:
-            made = {name: products.make(name) for name in ("gate", "up", "act", "product")}
-        except (AttributeError, TypeError, RuntimeError):
+            made = {name: products.make(name) for name in ("gate", "up")}
+            found = _named(wide, made, part)
+            if found.keys() != wide:  # an MLP that is not fused saves more
+                made["act"] = mlp.act_fn(made["gate"])
+                made["product"] = made["act"] * made["up"]
+                found = _named(wide, made, part)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            script.why += f"{'fused' if fused else 'as modules'}: {type(error).__name__}: {str(error)[:200]}; "
             continue  # another kind of MLP
-        if any(not torch.equal(a, b) for a, b in zip(drawn, _random_state(inner), strict=True)):
-            return  # dropout: each product alone would draw other masks than all in their order
-        found = {}
-        for index in wide:
-            handle = whole(inner, index)
-            for name, tensor in made.items() if handle is not None else ():
-                if same(tensor, handle.tensor()):
-                    found[index] = name
-                    break
+        if any(not torch.equal(a, b) for a, b in zip(drawn, _random_state(part), strict=True)):
+            script.why += "its dropout draws; "
+            return  # each product alone would draw other masks than all in their order
         if found.keys() == wide:
             script.products, script.fused = found, fused
             return
+        script.why += _how_far(wide - found.keys(), made, part, fused)
+
+
+def _named(wide: set[int], made: dict[str, torch.Tensor], part) -> dict[int, str]:
+    found = {}
+    for index in wide:
+        handle = whole(part, index)
+        for name, tensor in made.items() if handle is not None else ():
+            if same(tensor, handle.tensor()):
+                found[index] = name
+                break
+    return found
+
+
+def _how_far(left: set[int], made: dict[str, torch.Tensor], part, fused: bool) -> str:
+    """For the reader of a report: rounding in another place, or another thing altogether."""
+    said = []
+    for index in sorted(left):
+        if (handle := whole(part, index)) is None or handle.dtype != made["gate"].dtype:
+            said.append(f"{tuple(part.events[index][2])}: not contiguous or of another dtype")
+            continue
+        saved = handle.tensor().reshape(-1)
+        shares = {
+            n: (t.reshape(-1) != saved).float().mean().item() for n, t in made.items() if t.numel() == saved.numel()
+        }
+        said.append(f"{tuple(handle.shape)}: {', '.join(f'{v:.2%} unlike {n}' for n, v in shares.items())}")
+    return f"{'fused' if fused else 'as modules'}: {'; '.join(said)}; "
 
 
 def _is_adapter(shape, adapters) -> bool:
     return any(tuple(shape) in (tuple(w.shape), tuple(w.shape[::-1])) for pair in adapters for w in pair)
 
 
-def _random_state(frame: Frame) -> list[torch.Tensor]:
+def _random_state(frame) -> list[torch.Tensor]:
     device = frame.input.value.device
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])

@@ -1,6 +1,6 @@
-"""Which of the CUDA C++ kernels of `cuda/` multiplies, and how it is cut up: for sm_90, bitsandbytes' usual states, 1 to 128 rows.
+"""Which of the CUDA C++ kernels of `cuda/` multiplies, and how it is cut up: for sm_90, bitsandbytes' usual states, 1 to 256 rows.
 
-The choices are those of a sweep on an H200 over 14336x4096, 4096x4096, 1024x4096, 4096x14336, 8192x2048 and 2048x8192. Where None is
+The choices follow two sweeps on an H200, over 14336x4096, 4096x4096, 1024x4096, 4096x14336, 8192x2048 and 2048x8192. Where None is
 returned, the Triton kernels or dequantise + cuBLAS were as fast, or nothing fits.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-ROWS = 128  # of x at most
+ROWS = 256  # of x at most
+SCALED_FROM = 33  # rows of x: from here on weights are scaled before they are multiplied, below it sums are
 COUNTERS = 4096  # sums that programs can share in one call
 _LIMIT = 0x400 + 232448  # the end of a program's shared memory, as addresses count
 
@@ -84,6 +85,38 @@ class Tiles(NamedTuple):
         return found | {"DECODED": self.decoded}
 
 
+class ScaledTiles(NamedTuple):
+    """A launch of `tile_scaled`: as `tile_wgmma`, for K that is a multiple of 256."""
+
+    rows: int  # 16, 32, 64, 128 or 256
+    nwg: int = 2
+    kwg: int = 1  # groups of warps that share a tile's K; nwg * kwg is 2 or 4
+    stages: int = 4  # of 64 columns of x, for each group
+    ring: int = 2  # steps of 256 columns of the weight, for each warp
+    split: int = 1  # of K, between programs
+    wide: int = 0  # fp32 codes, else fp16 times a factor; always for fp16
+    words: int = 0
+    cluster: int = 1  # programs that share what they read of x
+
+    kernel = "tile_scaled"
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.nwg * self.kwg + 128
+
+    @property
+    def end(self) -> int:
+        return 0x10000 + self.kwg * (self.stages * self.rows * 128 + self.nwg * self.ring * 8192)
+
+    @property
+    def shared_sums(self) -> bool:
+        return self.split > 1
+
+    def macros(self, k: int) -> dict:
+        found = {"MT": self.rows, "NWG": self.nwg, "KWG": self.kwg, "STAGES": self.stages, "RING": self.ring, "KDIM": k}
+        return found | {"SPLIT": self.split, "WIDE": self.wide, "WORDS": self.words, "CLUSTER": self.cluster}
+
+
 def cut(k: int) -> tuple[int, int, int] | None:
     """(kw, rg, slices) for K columns: as few slices as 16 warps allow. None where that leaves fewer than 4 warps across K."""
     if k % 256:
@@ -97,12 +130,14 @@ def cut(k: int) -> tuple[int, int, int] | None:
     return kw, rg, slices
 
 
-def shape_for(rows: int, n: int, k: int, processors: int) -> FewRows | Tiles | None:
+def shape_for(rows: int, n: int, k: int, processors: int) -> FewRows | Tiles | ScaledTiles | None:
     """The launch for [N, K] and so many rows of x."""
     if not 0 < rows <= ROWS or n < 256:
         return None
     if rows <= 16 and (shape := _few(rows, n, k, processors)) is not None:
         return shape
+    if rows >= SCALED_FROM and k % 256 == 0:
+        return _scaled_tiles(rows, n, k, processors)
     return _tiles(rows, n, k, processors) if rows > 8 else None
 
 
@@ -113,24 +148,40 @@ def _few(rows, n, k, processors):
     groups = 1 if rows <= 8 else 2
     tiles = -(-n // (16 * rg))
     if slices == 1:
-        kernel = "few_stream" if kw == 16 and tiles >= 5 * processors else "few_async"
-        return FewRows(kernel, groups, kw, rg)
-    # What programs share costs them half a microsecond an item: Triton's kernel is ahead at up to 4 rows, tiles from 9 on.
+        if kw == 16 and tiles >= 5 * processors:
+            return FewRows("few_stream", groups, kw, rg, stages=2)
+        return FewRows("few_async", groups, kw, rg, stages=2, ahead=1)
+    # What programs share costs them half a microsecond an item. Where they have two tiles at most, each does its own from end to
+    # end for up to 4 rows of x; with more of both Triton's kernel is ahead at up to 4 rows, tiles from 9 on.
+    if rows <= 4 and processors < tiles < 2 * processors:
+        return FewRows("few_async", groups, kw, rg, slices, stages=2, inner=1)
     if tiles > COUNTERS or (tiles * slices > 4 * processors and (rows <= 4 or groups == 2)):
         return None
-    return FewRows("few_async", groups, kw, rg, slices)
+    return FewRows("few_async", groups, kw, rg, slices, stages=2, ahead=1)
 
 
 def _tiles(rows, n, k, processors):
     of_x = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    if k % 128 or k < 1024:
+    if rows > 128 or k % 128 or k < 1024:
         return None
     if n * k < (1 << 22) or (of_x == 64 and n * k <= 1 << 22) or (of_x == 128 and (n * k < 1 << 24 or k < 4096)):
         return None  # dequantise + cuBLAS
     nwg = 1 if of_x == 64 and n * k <= 1 << 24 and n <= 4096 else 2
     parts, stages = (4, 3) if k % 256 == 0 and of_x < 128 else (2, 4 if of_x < 128 else 3)
     split = _split(-(-n // (64 * nwg)), k // (64 * parts), parts, processors)
-    return Tiles(of_x, nwg, parts, stages, split, 2 if of_x < 128 else 1)
+    return Tiles(of_x, nwg, parts, stages, split, 2 if of_x < 128 else 1, words=nwg - 1)
+
+
+def _scaled_tiles(rows, n, k, processors):
+    if k < 1024 or n * k <= 1 << 22 or (rows > 64 and (n * k < 1 << 24 or k < 4096)):
+        return None  # dequantise + cuBLAS
+    of_x = 64 if rows <= 64 else 128 if rows <= 128 else 256
+    split = _split(-(-n // 128), k // 256, 4, processors)
+    if of_x == 64:
+        return ScaledTiles(64, 2, 2, 4, 3, split, words=1)
+    return (
+        ScaledTiles(128, 2, 1, 6, 4, split, words=1) if of_x == 128 else ScaledTiles(256, 2, 1, 4, 2, split, cluster=2)
+    )
 
 
 def _split(tiles: int, steps: int, parts: int, processors: int) -> int:

@@ -25,8 +25,11 @@ _HASH = 32  # bytes before the code in a kept file
 
 def source(kernel: str) -> str:
     """The whole text of a kernel, with what it includes."""
-    included = (SOURCES / "common.cuh").read_text().replace("#pragma once", "")
-    return (SOURCES / f"{kernel}.cu").read_text().replace('#include "common.cuh"', included)
+    text = (SOURCES / f"{kernel}.cu").read_text()
+    for header in ("tile.cuh", "common.cuh"):  # the first includes the second
+        if (line := f'#include "{header}"') in text:
+            text = text.replace(line, (SOURCES / header).read_text().replace("#pragma once", ""))
+    return text
 
 
 def _places(name: str):

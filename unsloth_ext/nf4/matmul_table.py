@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
 
-from . import matmul_hopper
-from .matmul_hopper import FewRows, Tiles
+from . import matmul_hopper, matmul_nvrtc
+from .matmul_hopper import FewRows, ScaledTiles, Tiles
 from .table import capability
 
 # The 16 codes are kept in 16 bits, times a common factor that brings all of them close to numbers of that format: the root mean
@@ -50,12 +51,12 @@ class Variant(NamedTuple):
     bias: bool
     rows: int  # of x at most: 4, 8 or 16, or a tile's; 0 for many rows
     overlap: bool
-    shape: Few | Many | FewRows | Tiles
+    shape: Few | Many | FewRows | Tiles | ScaledTiles
 
     @property
     def cuda(self) -> bool:
         """Is it a kernel in CUDA C++, not in Triton?"""
-        return isinstance(self.shape, (FewRows, Tiles))
+        return isinstance(self.shape, (FewRows, Tiles, ScaledTiles))
 
 
 def _few(rows: int, n: int, k: int) -> Few:
@@ -76,9 +77,8 @@ def _many(rows: int, n: int, k: int, blocksize: int) -> Many | None:
     return shape._replace(split=split, scale_sums=blocksize >= 64)
 
 
-# Compute capability -> (a part of the card's name, what measures it). Elsewhere `linear` dequantises. The choices above come from
-# earlier versions of the kernels; the present ones have not been measured.
-CARDS = {(9, 0): ("H200", "bench_nf4_matmul.py")}
+# Compute capability -> what was measured, by bench_nf4_matmul.py. Elsewhere `linear` dequantises.
+CARDS = {(9, 0): "an H200"}
 MOST_ROWS = 256  # of x that any variant takes
 
 
@@ -93,14 +93,23 @@ def enabled(device_index: int) -> bool:
     wanted = _wanted()
     if torch.version.hip is not None or wanted in ("0", "no", "off", "false") or capability(device_index) < (8, 0):
         return False
-    part, _ = CARDS.get(capability(device_index), ("", ""))
-    return wanted == "all" or (bool(part) and part in torch.cuda.get_device_name(device_index))
+    return wanted == "all" or capability(device_index) in CARDS
 
 
 @functools.cache
 def processors(device_index: int) -> int:
-    """Of a card that the kernels in CUDA C++ run on, sm_90; 0 elsewhere, and with UNSLOTH_EXT_NF4_MATMUL=triton. Read once."""
+    """Of a card that the kernels in CUDA C++ run on, sm_90; 0 elsewhere, with UNSLOTH_EXT_NF4_MATMUL=triton, and, with one warning,
+    where there is no compiler for them. Read once."""
     if capability(device_index) != (9, 0) or _wanted() == "triton":
+        return 0
+    try:
+        matmul_nvrtc.library()
+    except OSError as error:
+        warnings.warn(
+            f"unsloth_ext: NF4 weights are multiplied by Triton's kernels, which are slower than those in CUDA C++: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return 0
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 

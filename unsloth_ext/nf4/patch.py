@@ -308,7 +308,17 @@ def _new_tokens(model, args, kwargs) -> int:
     return found or getattr(config, "max_new_tokens", None) or 0
 
 
+def _hooked(model) -> bool:
+    """Would a replay leave out what somebody has hooked in? The model itself and its embedding, on which trainers have a hook of
+    their own, are called as ever."""
+    as_ever = {model, model.get_input_embeddings()}
+    return any((m._forward_hooks or m._forward_pre_hooks) and m not in as_ever for m in model.modules())
+
+
 def _captured_generate(original):
+    # What a graph has baked in (weights, adapters, quant states, tables, cache) upstream compares before each generate() and after
+    # each optimizer step; model types, caches and positions that it does not know run as they did. Beams, assistants, caches of
+    # the caller and hooks are left out here.
     from .generation import is_plain_search
 
     @functools.wraps(original)
@@ -319,6 +329,7 @@ def _captured_generate(original):
             or not is_plain_search(self, kwargs)
             or kwargs.get("past_key_values") is not None
             or _new_tokens(self, args, kwargs) < _CAPTURE_FROM
+            or _hooked(self)
         ):
             return original(self, *args, **kwargs)
         with graphs.rl_generation():  # says yes unless UNSLOTH_DECODE_CUDA_GRAPHS=0 does not want it
@@ -363,6 +374,7 @@ PATCHES = (
         ),
         run_time_only="the kernels behind it are this package's own, too large for a patch",
         switch="UNSLOTH_EXT_NF4_MATMUL",
+        on_unless_switched_off=True,
     ),
     Patch(
         id="nf4.linear4bit",
@@ -372,11 +384,12 @@ PATCHES = (
         replace=_matmul_4bit,
         run_time_only="it is bitsandbytes that it changes",
         switch="UNSLOTH_EXT_NF4_MATMUL",
+        on_unless_switched_off=True,
     ),
     Patch(
         id="nf4.decode_graphs",
         challenge="A",
-        summary="generate() replays its decoding steps as CUDA graphs, as Unsloth does for RL trainers",
+        summary="generate() of 64 tokens and more replays its decoding steps as CUDA graphs, as Unsloth does for RL trainers",
         targets=(Target("unsloth.models.llama", "unsloth_fast_generate", ">=2026.10.9", ("868a54723c06be13",)),),
         replace=_captured_generate,
         relies_on=(
@@ -385,5 +398,6 @@ PATCHES = (
         ),
         run_time_only="upstream has it behind UNSLOTH_DECODE_CUDA_GRAPHS=1 already",
         switch="UNSLOTH_EXT_DECODE_GRAPHS",
+        on_unless_switched_off=True,
     ),
 )

@@ -117,6 +117,7 @@ class Patch:
     run_time_only: why the change has no git patch. Empty for all that have one.
     switch: an environment variable. The patch is out until that is set (and not to 0, no, off or false), or somebody enables it
         by its id: for what changes more than Unsloth, and for what has not been measured yet.
+    on_unless_switched_off: the patch is in unless that variable says 0, no, off or false.
     """
 
     id: str
@@ -129,6 +130,7 @@ class Patch:
     superseded: tuple[tuple[str, str], ...] = ()
     run_time_only: str = ""
     switch: str = ""
+    on_unless_switched_off: bool = False
 
     def __post_init__(self):
         if not self.targets:
@@ -148,4 +150,5 @@ class Patch:
 
     @property
     def is_switched_off(self) -> bool:
-        return bool(self.switch) and os.environ.get(self.switch, "").strip().lower() in ("", "0", "no", "off", "false")
+        said = os.environ.get(self.switch, "").strip().lower() if self.switch else "1"
+        return said in ("0", "no", "off", "false") or (not said and not self.on_unless_switched_off)

@@ -17,6 +17,7 @@
 #define SHARED_MEMORY static uint8_t* shared_memory = nullptr;
 struct Dim { int x, y, z; };
 struct uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct float4 { float x, y, z, w; };
 static uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
@@ -101,6 +102,12 @@ static float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f;
 static float half_of(uint32_t pair, int i) { return __uint_as_float(i ? pair & 0xffff0000u : pair << 16); }  // bfloat16
 static float widened(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
 static uint16_t rounded(float v) { uint32_t u = __float_as_uint(v); return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
+static uint32_t both(float first, float second) { return rounded(first) | (uint32_t)rounded(second) << 16; }
+static float2 halves(uint32_t pair) {
+  _Float16 h[2];
+  memcpy(h, &pair, 4);
+  return {(float)h[0], (float)h[1]};
+}
 static float mul_flushing(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 template <class T> static T __shfl_sync(uint32_t, T v, int source, int width = 32) {
