@@ -1,5 +1,6 @@
 """Weights that are gathered by copies: every bit, as often as asked for, and a clear word where it cannot be."""
 
+import gc
 import os
 
 import fsdp2_models as models
@@ -32,6 +33,11 @@ def _gathered_bits(rank, world, folder, gather, cuda=False):
     return rounds
 
 
+def _files():
+    there = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return {name for name in there if name.startswith("unsloth_ext-")}
+
+
 def _check(answers):
     first = answers[0][0]
     assert len(first) == 21
@@ -46,6 +52,7 @@ def _check(answers):
 
 @pytest.mark.parametrize("kind", ["nf4", "flat-nf4"])
 def test_copies_bring_what_the_collective_brings(ranks, checkpoints, kind):
+    before = _files()
     found = {
         gather: _check(ranks(2, _gathered_bits, folder=str(checkpoints[kind]), gather=gather))
         for gather in ("collective", "copies")
@@ -53,8 +60,7 @@ def test_copies_bring_what_the_collective_brings(ranks, checkpoints, kind):
     for name, tensors in found["collective"].items():
         for one, other in zip(tensors, found["copies"][name], strict=True):
             assert torch.equal(one, other)
-    if os.path.isdir("/dev/shm"):
-        assert not [name for name in os.listdir("/dev/shm") if name.startswith("unsloth_ext-")]
+    assert _files() == before
 
 
 @pytest.mark.gpu
@@ -138,3 +144,135 @@ def test_where_copies_cannot_be_all_ranks_say_why_and_gather_otherwise(ranks, ch
     for said, loss in ranks(2, _impossible, folder=str(checkpoints["nf4"]), why=why):
         assert words in said
         assert abs(loss - expected) < 1e-5
+
+
+def _one_failure(rank, world, folder, what):
+    from unsloth_ext.errors import UsageError
+    from unsloth_ext.fsdp2 import load, peer_memory, shard
+
+    mine = {"identity": rank == 1, "out_of_reach": rank == 0, "offer": rank == 1}[what]
+    original, said = getattr(peer_memory.HostMemory, what), None
+    if mine:
+        setattr(peer_memory.HostMemory, what, lambda *_: (_ for _ in ()).throw(AttributeError("no such thing")))
+    model = models.with_lora(load(folder, dtype=torch.float32))
+    try:
+        shard(model, gather="copies")
+    except UsageError as error:
+        said = str(error)
+    finally:
+        setattr(peer_memory.HostMemory, what, original)
+    batch = models.batches(1, 2)[0]
+    with torch.no_grad():
+        return said, model(input_ids=batch, labels=batch).loss.item()
+
+
+@pytest.mark.parametrize("what", ["identity", "out_of_reach", "offer"])
+def test_what_fails_on_one_rank_fails_on_none_of_the_others_later(ranks, checkpoints, what):
+    before = _files()
+    answers = ranks(2, _one_failure, folder=str(checkpoints["nf4"]), what=what)
+    assert all("no such thing" in said for said, _ in answers) and answers[0][1] == answers[1][1]
+    assert _files() == before
+
+
+def _failing_copy(rank, world, folder):
+    """Losses before, and after, a gather whose copies break off; the error; whether the buffer was given back."""
+    from unsloth_ext.fsdp2 import gathered, load, shard
+    from unsloth_ext.fsdp2.sharding import units_of
+
+    model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather="copies")
+    batch = models.batches(1, 2)[0]
+    with torch.no_grad():
+        before = model(input_ids=batch, labels=batch).loss.item()
+    layer, said = units_of(model)[0][0], None
+    unit = next(u for p in layer.parameters() if (u := getattr(getattr(p.to_local(), "_holder", None), "unit", None)))
+    copies, unit.copies = unit.copies, (*unit.copies[:1], ("not", "a", "place"))
+    try:
+        with gathered(layer):
+            pass
+    except Exception as error:
+        said = type(error).__name__
+    unit.copies, empty = copies, unit.buffer.untyped_storage().size() == 0
+    with torch.no_grad():
+        return before, model(input_ids=batch, labels=batch).loss.item(), said, empty
+
+
+def test_a_gather_that_broke_off_is_not_taken_for_a_whole_one(ranks, checkpoints):
+    for before, after, said, empty in ranks(2, _failing_copy, folder=str(checkpoints["nf4"])):
+        assert said == "TypeError" and empty and before == after
+
+
+def _models_in_turn(rank, world, folder, shape):
+    """Losses of a model, of it beside another one, and of the other one when the first has gone but for a layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from unsloth_ext.fsdp2 import gathered, load, peer_memory, shard
+    from unsloth_ext.fsdp2.sharding import units_of
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    gc.collect()  # models of other tests, which this process may have had
+    closed, original = [], peer_memory.HostMemory.close
+    peer_memory.HostMemory.close = staticmethod(lambda opened: closed.append(len(opened)))
+    batch = models.batches(1, 2)[0]
+
+    def loss(model):
+        with torch.inference_mode():
+            return model(input_ids=batch, labels=batch).loss.item()
+
+    def bits(layer):
+        with gathered(layer):
+            return [p.data.clone() for p in layer.parameters() if getattr(p, "quant_state", None) is not None]
+
+    try:
+        policy = shard(models.with_lora(load(folder, mesh, dtype=torch.float32)), mesh, gather="copies")
+        losses, layer = [loss(policy)], units_of(policy)[0][-1]
+        reference, before = shard(load(folder, mesh, dtype=torch.float32), mesh, gather="copies"), bits(layer)
+        losses += [loss(policy), loss(reference)]
+        del policy
+        gc.collect()
+        held = len(closed), all(torch.equal(a, b) for a, b in zip(before, bits(layer), strict=True))
+        del layer
+        gc.collect()
+        return losses, loss(reference), held, len(closed)
+    finally:
+        peer_memory.HostMemory.close = original
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 2)])
+def test_two_models_and_replicas(ranks, checkpoints, shape):
+    answers = ranks(4 if len(shape) > 1 else 2, _models_in_turn, folder=str(checkpoints["nf4"]), shape=shape)
+    for (first, again, other), later, (closed, same), closed_at_last in answers:
+        assert first == again == answers[0][0][0] and other == later == answers[0][1] != first
+        assert (closed, same, closed_at_last) == (0, True, 1)
+
+
+def _nothing_to_copy(rank, world, folder):
+    from unsloth_ext.fsdp2 import load, shard
+
+    model = shard(load(folder, dtype=torch.float32), gather="copies")
+    batch = models.batches(1, 2)[0]
+    with torch.no_grad():
+        return model(input_ids=batch, labels=batch).loss.item()
+
+
+@pytest.mark.parametrize(("world", "kind"), [(1, "nf4"), (2, "16bit")])
+def test_where_nothing_is_to_be_copied_copies_do_no_harm(ranks, checkpoints, world, kind):
+    one = models.whole(checkpoints["nf4"]) if kind == "nf4" else None
+    losses = ranks(world, _nothing_to_copy, folder=str(checkpoints[kind]))
+    if one is not None:
+        batch = models.batches(1, 2)[0]
+        assert abs(one(input_ids=batch, labels=batch).loss.item() - losses[0]) < 1e-5
+    assert len(set(losses)) == 1
+
+
+def test_other_devices_are_refused_and_missing_files_not_made(tmp_path, monkeypatch):
+    from unsloth_ext.fsdp2.peer_memory import HostMemory, of_device
+
+    assert isinstance(of_device(torch.device("cpu")), HostMemory)
+    with pytest.raises(RuntimeError, match="xpu"):
+        of_device(torch.device("xpu"))
+    monkeypatch.setattr(torch.version, "cuda", None)  # as in a build for ROCm
+    with pytest.raises(RuntimeError, match="NVIDIA"):
+        of_device(torch.device("cuda", 0))
+    with pytest.raises(OSError):
+        HostMemory().open((str(tmp_path / "elsewhere"), 64))
+    assert not list(tmp_path.iterdir())

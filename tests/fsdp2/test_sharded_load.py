@@ -302,3 +302,26 @@ def test_a_rank_without_the_files_is_waited_for_by_none(ranks, checkpoints, tmp_
     (kind, said), (its_kind, its_own) = ranks(2, _half_downloaded, folders=folders, timeout=120)
     assert kind == "Params4bit" and "loaded whole on every rank" in said and "on rank 1 it has no safetensors" in said
     assert its_kind == "OSError" and "model.safetensors" in its_own  # transformers' own words
+
+
+def _one_row(rank, world, folder):
+    from unsloth_ext.fsdp2 import gathered, load, shard
+
+    model = load(folder, dtype=torch.float32)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[3] = 0
+        weight[-2].copy_(torch.arange(weight.shape[1]))
+    with pytest.raises(NotImplementedError, match="before using the model"):
+        weight[3] + 1
+    shard(model)
+    with gathered(model.get_input_embeddings()):
+        return model.get_input_embeddings().weight.detach().clone()
+
+
+def test_a_row_of_the_embedding_can_be_set_before_sharding(ranks, checkpoints):
+    expected = models.whole(checkpoints["nf4"]).get_input_embeddings().weight.detach().clone()
+    expected[3] = 0
+    expected[-2] = torch.arange(expected.shape[1])
+    for found in ranks(2, _one_row, folder=str(checkpoints["nf4"])):
+        assert torch.equal(found, expected)

@@ -23,6 +23,9 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 from unsloth_zoo.patching_utils import patch_model_and_tokenizer
 model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=64, dtype=torch.float32, load_in_4bit=True)
 model, tokenizer = patch_model_and_tokenizer(model, tokenizer, downcast_rope=False)  # which on a card from_pretrained does
+from unsloth.tokenizer_utils import zero_pad_embedding_rows
+model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
+zero_pad_embedding_rows(model, tokenizer)  # so too
 model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, lora_dropout=0, random_state=1, use_gradient_checkpointing=False,
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 FastLanguageModel.for_training(model)

@@ -17,6 +17,8 @@ of 16 bytes; its stream order does the rest:
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import weakref
 from pathlib import Path
@@ -61,6 +63,7 @@ class UnitGather:
         self.buffer = torch.empty(gathered, dtype=torch.uint8, device=self.device)
         self.buffer.untyped_storage().resize_(0)
         self.part = None
+        self.owner = self.copier = None  # streams: whose memory the buffer is, and which one the copies were queued on
 
     def move_in(self) -> None:
         """Move the shards to memory that can be offered."""
@@ -85,33 +88,40 @@ class UnitGather:
         )
         for index, shard in enumerate(self.shards):
             shard._holder.unit, shard._holder.index = self, index
+        self.shards = []  # a tensor in a cycle of references can outlive all garbage collections
 
     def start(self) -> None:
         """Queue the copies on the current stream, unless a weight of this unit has done so."""
         storage = self.buffer.untyped_storage()
+        here = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         if storage.size():
+            if here != self.copier:  # of a gather that was given up: its copies may still be under way
+                here.wait_stream(self.copier)
             return
-        stream = 0
-        if self.device.type == "cuda":
-            here = torch.cuda.current_stream(self.device)
-            compute = _compute.get(self.device) or torch.cuda.default_stream(self.device)
-            with torch.cuda.stream(compute):
+        self.copier = here
+        try:
+            if here is None:
                 storage.resize_(self.size)
-            if here != compute:
-                here.wait_stream(compute)
-            stream = here.cuda_stream
-        else:
-            storage.resize_(self.size)
-        self.memory.copy(self.copies, storage.data_ptr(), stream)
+            else:
+                self.owner = _compute.get(self.device) or torch.cuda.default_stream(self.device)
+                with torch.cuda.stream(self.owner):
+                    storage.resize_(self.size)
+                if here != self.owner:
+                    here.wait_stream(self.owner)
+            self.memory.copy(self.copies, storage.data_ptr(), 0 if here is None else here.cuda_stream)
+        except BaseException:
+            if here is not None:
+                self.buffer.record_stream(here)
+            storage.resize_(0)  # the next gather would take it for a filled one
+            raise
 
     def used(self) -> None:
         """The current stream computes with the buffer."""
         if self.device.type == "cuda":
             now = torch.cuda.current_stream(self.device)
-            if (before := _compute.setdefault(self.device, now)) != now:
+            if now != self.owner:
                 self.buffer.record_stream(now)
-                self.buffer.record_stream(before)
-                _compute[self.device] = now
+            _compute[self.device] = now
 
     def weight(self, index: int) -> list[torch.Tensor]:
         """uint8 views of the buffer: packed, absmax and, if nested, absmax2 of all ranks."""
@@ -127,29 +137,47 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None) -> str 
     ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
     team = Team("sharing memory between ranks", timeout)
     device = units[0][0].fields.packed.device if units and units[0] else torch.device(mesh.device_type)
-    memory = peer_memory.of_device(device)
-    everyone = [team.gather((_host(), memory.identity()))[r] for r in ranks]
-    reason = None
-    if len({host for host, _ in everyone}) > 1:
+    units = units if world > 1 else []
+    memory = identity = reason = None
+    try:
+        memory = peer_memory.of_device(device)
+        identity = memory.identity()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # copies of an earlier model, whose memory this one may get, have ended then
+    except Exception as error:
+        reason = _text(error)
+    everyone = team.gather((reason, _host(), identity))
+    if reason := _first([reason for reason, _, _ in everyone]):
+        return reason
+    everyone = [everyone[r] for r in ranks]
+    if len({host for _, host, _ in everyone}) > 1:
         reason = "the ranks are on several hosts"
-    elif world == 1 or not units:
-        reason = "there is nothing to gather"
-    else:
-        reason = memory.out_of_reach([identity for _, identity in everyone])
+    elif units:
+        try:
+            reason = memory.out_of_reach([identity for _, _, identity in everyone])
+        except Exception as error:
+            reason = _text(error)
     if reason := _first(team.gather(reason)):
         return reason
+    try:
+        return _connect(units, ranks, rank, memory, device, team)
+    finally:
+        if isinstance(memory, peer_memory.HostMemory):
+            memory.forget()
 
+
+def _connect(units, ranks: list[int], rank: int, memory, device: torch.device, team: Team) -> str | None:
     made: list[UnitGather] = []
     offers: list | str = []
     try:
         for shards in units:
-            made.append(UnitGather(shards, world, memory))
+            made.append(UnitGather(shards, len(ranks), memory))
             made[-1].move_in()
             offers.append(memory.offer(made[-1].part))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
-        offers = f"{type(error).__name__}: {error}"
+        offers = _text(error)
     offered = team.gather(offers)
     if reason := _first([one for one in offered if isinstance(one, str)]):
         return reason
@@ -168,23 +196,24 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None) -> str 
                 there.append(address)
             addresses.append(there)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-    reason = _first(team.gather(reason))
-    if isinstance(memory, peer_memory.HostMemory):
-        memory.forget()
-    if reason:
-        _close(memory, opened)
+        reason = _text(error)
+    # Every unit has `memory`: what was opened is closed with the last one, of which code may have kept a layer.
+    weakref.finalize(memory, _close, type(memory), opened, os.getpid()).atexit = False
+    if reason := _first(team.gather(reason)):
         return reason
     for unit, there in zip(made, addresses, strict=True):
         unit.read_from(there, rank)
-    weakref.finalize(made[0], _close, memory, opened).atexit = False
     return None
 
 
-def _close(memory, opened) -> None:
-    for handle in opened:
-        memory.close(handle)
-    opened.clear()
+def _close(kind, opened: list, process: int) -> None:
+    if process == os.getpid():  # not in a worker that was forked
+        with contextlib.suppress(RuntimeError):  # of a card that has failed
+            kind.close(opened)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _first(reasons) -> str | None:

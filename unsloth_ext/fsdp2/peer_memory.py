@@ -24,7 +24,14 @@ _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
 def of_device(device: torch.device):
-    return PeerMemory(device) if device.type == "cuda" else HostMemory()
+    """Raises RuntimeError for a device whose memory cannot be shared so, OSError without the driver's library."""
+    if device.type == "cpu":
+        return HostMemory()
+    if device.type != "cuda" or torch.version.cuda is None:  # ROCm's devices are called "cuda" too
+        raise RuntimeError(
+            f"only NVIDIA cards and CPUs share memory between processes here, not {device.type} of this torch"
+        )
+    return PeerMemory(device)
 
 
 class _Handle(ctypes.Structure):
@@ -77,6 +84,7 @@ class PeerMemory:
 
     def __init__(self, device: torch.device):
         self.device = device
+        _driver()
 
     def identity(self) -> str:
         """What the others know this rank's card by."""
@@ -95,7 +103,7 @@ class PeerMemory:
 
     def allocate(self, size: int) -> torch.Tensor:
         """uint8 [size] that `offer` can offer."""
-        with _plain_segments(), torch.cuda.use_mem_pool(_pool()):
+        with _plain_segments(), torch.cuda.use_mem_pool(_pool(), self.device):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def offer(self, tensor: torch.Tensor):
@@ -108,7 +116,7 @@ class PeerMemory:
         _must(_driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(base.value)), "sharing memory")
         return bytes(handle.bytes), tensor.data_ptr() - base.value
 
-    def open(self, offered) -> tuple[int, int]:
+    def open(self, offered) -> tuple[int, tuple[torch.device, int]]:
         """(address, what `close` takes). The memory stays the other rank's."""
         handle, offset = offered
         base = ctypes.c_uint64()
@@ -117,11 +125,18 @@ class PeerMemory:
             _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS),
             "opening another rank's memory",
         )
-        return base.value + offset, base.value
+        return base.value + offset, (self.device, base.value)
 
     @staticmethod
-    def close(base: int) -> None:
-        _driver().cuIpcCloseMemHandle(base)
+    def close(opened) -> None:
+        """Once no copy from it is under way. Within a capture of a CUDA graph, which would not survive a wait, it stays open."""
+        if torch.cuda.is_current_stream_capturing():
+            return
+        for device in {device for device, _ in opened}:
+            torch.cuda.synchronize(device)
+        for device, base in opened:
+            with torch.cuda.device(device):
+                _driver().cuIpcCloseMemHandle(base)
 
     @staticmethod
     def copy(copies, at: int, stream: int) -> None:
@@ -146,8 +161,15 @@ class HostMemory:
 
     def allocate(self, size: int) -> torch.Tensor:
         number, name = tempfile.mkstemp(prefix="unsloth_ext-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        os.close(number)
-        tensor = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        try:
+            if hasattr(os, "posix_fallocate"):  # else, where /dev/shm is too small, the first write kills the process
+                os.posix_fallocate(number, 0, size)
+            tensor = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        except BaseException:
+            os.unlink(name)
+            raise
+        finally:
+            os.close(number)
         self.files[tensor.data_ptr()] = name
         return tensor
 
@@ -156,12 +178,14 @@ class HostMemory:
 
     def open(self, offered):
         name, size = offered
+        if os.stat(name).st_size != size:  # torch would make a file that is missing, of zeros
+            raise RuntimeError(f"{name} has {os.stat(name).st_size} bytes, not {size}")
         tensor = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
         return tensor.data_ptr(), tensor
 
     @staticmethod
-    def close(tensor) -> None:
-        """Nothing: the mapping goes with the tensor."""
+    def close(opened) -> None:
+        """Nothing: the mappings go with the tensors."""
 
     def forget(self) -> None:
         """The files' names go; the memory stays for those that have it."""

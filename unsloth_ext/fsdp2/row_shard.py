@@ -74,10 +74,41 @@ class RowShard(torch.Tensor):
                 self.rows.detach() if i == self.rank else nothing.expand(size, *self.shape[1:])
                 for i, size in enumerate(sizes)
             ]
+        if func is aten.select.int and args[1] == 0 and -self.shape[0] <= args[2] < self.shape[0]:
+            return _Row(self, args[2] % self.shape[0])
         if func is aten.new_zeros.default:
             return torch.zeros(
                 args[1], dtype=kwargs.get("dtype") or self.dtype, device=kwargs.get("device") or self.device
             )
-        raise NotImplementedError(
-            f"{func} on one rank's rows of a weight: call unsloth_ext.fsdp2.shard(model) before using the model"
-        )
+        raise _too_soon(func)
+
+
+def _too_soon(func) -> NotImplementedError:
+    return NotImplementedError(
+        f"{func} on one rank's rows of a weight: call unsloth_ext.fsdp2.shard(model) before using the model"
+    )
+
+
+class _Row(torch.Tensor):
+    """One row, which can be overwritten and nothing else: by the rank that has it. Unsloth zeroes the padding token's row so."""
+
+    @staticmethod
+    def __new__(cls, shard: RowShard, index: int):
+        return torch.Tensor._make_wrapper_subclass(cls, shard.shape[1:], dtype=shard.dtype, device=shard.device)
+
+    def __init__(self, shard: RowShard, index: int):
+        start, stop = rows_of(shard.rank, shard.world, shard.shape[0])
+        self.row = shard.rows[index - start] if start <= index < stop else None
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"_Row({tuple(self.shape)}, {'here' if self.row is not None else 'of another rank'})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        writes = (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default, aten.copy_.default)
+        if func not in writes or any(isinstance(other, _Row) for other in args[1:]):
+            raise _too_soon(func)
+        if args[0].row is not None:
+            func(args[0].row, *args[1:], **(kwargs or {}))
+        return args[0]

@@ -78,7 +78,8 @@ def shard(
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
-    ranks disagree or one is missing. Nothing has been changed then, unless memory ran out.
+    ranks disagree or one is missing. Nothing has been changed then, unless memory ran out. Where only "copies" are impossible,
+    which is known last, the model is sharded when `UsageError` is raised, and gathers by the collective.
     """
     mesh = default_mesh() if mesh is None else mesh
     meet("sharding the model", timeout)
@@ -120,12 +121,14 @@ def shard(
     fully_shard(model, **options, ignored_params=kept_whole)
     _prefetch(layers, ends)
     _keep_resident(model, layers, residency)
-    _gather_by(model, [*layers, *ends], mesh, gather, cpu_offload, timeout)
+    hindrance = _gather_by(model, [*layers, *ends], mesh, gather, cpu_offload, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
     _initialise(model)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by
+    if hindrance and gather == "copies":
+        raise UsageError(f"gather='copies' is not possible: {hindrance}", "Leave it at 'auto'.")
     return model
 
 
@@ -250,17 +253,18 @@ def _prefetcher(layer: nn.Module, following: list[nn.Module]):
     return hook
 
 
-def _gather_by(model, units, mesh, gather: str, offloaded: bool, timeout) -> None:
-    """Connect the ranks for gathers by copies where that is wished for and possible."""
+def _gather_by(model, units, mesh, gather: str, offloaded: bool, timeout) -> str | None:
+    """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it."""
     if gather == "collective" or offloaded or (gather == "auto" and mesh.device_type != "cuda"):
-        return
-    within = {id(p) for unit in units for p in unit.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in within]
-    shards = [[_shard_of(p) for p in parameters] for parameters in (*(list(u.parameters()) for u in units), rest)]
-    shards = [[shard for shard in unit if shard is not None] for unit in shards]
-    reason = peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
-    if reason and gather == "copies":
-        raise UsageError(f"gather='copies' is not possible: {reason}", "Leave it at 'auto'.")
+        return None
+    shards, seen = [], set()
+    for module in (*units, model):  # the model: what no unit has
+        new = [
+            p for p in module.parameters() if id(p) not in seen
+        ]  # a shared one is gathered and freed with its first unit
+        seen.update(map(id, new))
+        shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
+    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
 
 
 def _shard_of(parameter) -> NF4Shard | None:
