@@ -1,9 +1,13 @@
 """Greedy generation with an 8B-shaped model in 4 bit: milliseconds a decoding step, each side in a process of its own.
 
-A Llama-3.1-8B-shaped checkpoint with random weights, prompts of 32 random tokens, batches of 1, 4, 16 and 64. A step's time is the
-difference of two whole generate() calls, of 64 and of 160 new tokens, over 96: no prefill, no capture, and everything else that
-a user pays, sampling and Python too. Sides that capture nothing, and so take 20 ms a step, generate 16 and 64. Sides: Unsloth as it is, Unsloth with its own decoding graphs switched on, Unsloth with
-unsloth_ext, transformers as it is, transformers with `unsloth_ext.nf4.generate`.
+A Llama-3.1-8B-shaped NF4 checkpoint with random weights, prompts of 32 random tokens, batches of 1, 4, 16 and 64. A step's time is
+the difference of two whole generate() calls, of 64 and of 128 new tokens, over 64, for every side: no prefill, no capture, and
+everything else that a user pays, sampling and Python too. Sides: Unsloth as it is, Unsloth with unsloth_ext as it is, Unsloth with
+its own decoding graphs switched on, transformers as it is, transformers with `unsloth_ext.nf4.generate`.
+
+Each row says which way it went: CUDA graphs replayed for a token (33 in Unsloth's decoding of 32 layers), and the kernels that
+multiply; and how fast the host was, since most of a step is the host's: `launch_us` is a small kernel's launch, `load` what else
+ran on the machine.
 
 Do they say the same? Every side's logits are kept for 4 prompts and 64 tokens. As long as two sides have said the same, their logits
 are of the same context; there the root mean square of their difference is the noise, and tokens must agree wherever the winner
@@ -11,7 +15,9 @@ leads by more than 4 times that.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,11 +30,11 @@ import torch
 
 BATCHES = (1, 4, 16, 64)
 TARGETS = {1: 5, 4: 6, 16: 7, 64: 10}  # ms a step
-PROMPT = 32
+PROMPT, SHORT, LONG = 32, 64, 128
+SHARE = 10  # seconds that the rounds of a batch may take; three are measured in any case
 UNSLOTH, GRAPHS, OURS = "Unsloth", "Unsloth, its decoding graphs on", "Unsloth with unsloth_ext"
 PLAIN, PLAIN_OURS = "transformers", "transformers with unsloth_ext"
-SIDES = (UNSLOTH, GRAPHS, OURS, PLAIN, PLAIN_OURS)
-LENGTHS = {UNSLOTH: (16, 64), PLAIN: (16, 64)}  # new tokens of the two calls; of the others (64, 160)
+SIDES = (OURS, UNSLOTH, GRAPHS, PLAIN_OURS, PLAIN)
 
 
 def model_of(side: str, folder: str):
@@ -67,8 +73,53 @@ def model_of(side: str, folder: str):
     return model, generate
 
 
+@contextlib.contextmanager
+def replays_counted():
+    """A list that gets an entry for each CUDA graph replayed."""
+    seen, own = [], torch.cuda.CUDAGraph.replay
+
+    def replay(graph):
+        seen.append(None)
+        return own(graph)
+
+    torch.cuda.CUDAGraph.replay = replay
+    try:
+        yield seen
+    finally:
+        torch.cuda.CUDAGraph.replay = own
+
+
+def kernels(model, rows: int) -> dict:
+    """{shape of a weight: what multiplies so many rows by it}, after it has been used."""
+    if "unsloth_ext" not in sys.modules:
+        return {}
+    from unsloth_ext.nf4 import matmul_plan
+    from unsloth_ext.nf4.quant_state import read
+
+    found = {}
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and (shape := "x".join(map(str, state.shape))) not in found:
+            facts = read(state)
+            variant = matmul_plan._variant(0, torch.bfloat16, rows, facts, False, facts.absmax.data_ptr())
+            used = variant is not None and variant in matmul_plan._ready
+            found[shape] = (variant.shape.kernel if variant.cuda else "Triton") if used else "dequantise"
+    return found
+
+
+def launch_us() -> float:
+    x, times = torch.zeros(1, device="cuda"), []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(400):
+            x.add_(1)
+        times.append((time.perf_counter() - start) / 400 * 1e6)
+    return statistics.median(times)
+
+
 def measure(side: str, folder: str, out: Path, rounds: int) -> None:
-    """One side, in this process: {batch: [ms a step]} to `out`, tokens and logits beside it."""
+    """One side, in this process: {batch: {ms: [ms a step], ...}} to `out` after each batch, tokens and logits beside it."""
     model, generate = model_of(side, folder)
     random = torch.Generator().manual_seed(3407)
     prompts = torch.randint(0, 100_000, (max(BATCHES), PROMPT), generator=random).cuda()
@@ -92,21 +143,24 @@ def measure(side: str, folder: str, out: Path, rounds: int) -> None:
         assert result.shape == (batch, PROMPT + tokens), result.shape
         return time.perf_counter() - start
 
-    found, (shorter, longer) = {}, LENGTHS.get(side, (64, 160))
-    for batch in BATCHES:
-        for tokens in (shorter, longer):
-            call(batch, tokens)  # kernels compile, graphs are captured
-        times = []
-        for _ in range(rounds):
-            short, long = seconds(batch, shorter), seconds(batch, longer)
-            times.append((long - short) / (longer - shorter) * 1000)
-        found[batch] = times
-        print(f"{side}, batch {batch}: {statistics.median(times):.2f} ms a step", flush=True)
     said = call(4, 64, return_dict_in_generate=True, output_logits=True)
     torch.save(
         (said.sequences[:, PROMPT:].cpu(), torch.stack(said.logits, 1).to(torch.float32).cpu()), out.with_suffix(".pt")
     )
-    out.write_text(json.dumps({str(batch): times for batch, times in found.items()}))
+    del said
+    found = {}
+    for batch in BATCHES:
+        with replays_counted() as replays:
+            call(batch, LONG)  # kernels compile, graphs are captured
+        times, start, host = [], time.perf_counter(), launch_us()
+        while len(times) < rounds and (len(times) < 3 or time.perf_counter() - start < SHARE):
+            short, long = seconds(batch, SHORT), seconds(batch, LONG)
+            times.append((long - short) / (LONG - SHORT) * 1000)
+        route = {"replays_a_token": round(len(replays) / LONG, 2), "kernels": kernels(model, batch)}
+        host = {"launch_us": round((host + launch_us()) / 2, 2), "load": round(os.getloadavg()[0], 1)}
+        found[batch] = {"ms": times} | route | host
+        print(f"{side}, batch {batch}: {statistics.median(times):.2f} ms a step; {route}; {host}", flush=True)
+        out.write_text(json.dumps(found))
     print(f"{side}: peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
 
 
@@ -133,80 +187,101 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="a folder with the Llama 3 tokenizer (128256 tokens)")
     parser.add_argument("--architecture", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="keep only so many layers")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7, help="of a batch, at most")
+    parser.add_argument("--model", type=Path, help="an NF4 checkpoint of checkpoints.py, instead of one made now")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds; a side that has none left is left out or cut"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--record", default="generate", help="name of the file in benchmarks/data")
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "MODEL", "OUT"), help="measure one side in this process")
     args = parser.parse_args()
-    if not torch.cuda.is_available() or (args.tokenizer is None and args.side is None):
-        print("bench_generate: needs a CUDA card and --tokenizer, left out")
+    if not torch.cuda.is_available() or not (args.tokenizer or args.model or args.side):
+        print("bench_generate: needs a CUDA card, and --tokenizer or --model, left out")
         return 0
     if args.side:
         side, folder, out = args.side
         measure(side, folder, Path(out), args.rounds)
         return 0
-    times, said, failed = {}, {}, []
+    start, found, said, failed = time.perf_counter(), {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        code = "import sys, checkpoints as c; from pathlib import Path as P; a = sys.argv; "
-        code += "c.build(a[1], P(a[2]), P(a[3]), int(a[4]) or None)"
-        build = [sys.executable, "-c", code, args.architecture, str(model), str(args.tokenizer.resolve())]
-        subprocess.run([*build, str(args.layers or 0)], check=True, cwd=Path(__file__).parent)
+        model = args.model or Path(folder) / "model"
+        if args.model is None:
+            script = Path(__file__).with_name("checkpoints.py")
+            build = [
+                sys.executable,
+                str(script),
+                args.architecture,
+                str(model),
+                "--nf4",
+                "--tokenizer",
+                str(args.tokenizer),
+            ]
+            subprocess.run([*build, *(["--layers", str(args.layers)] if args.layers else [])], check=True)
         for number, side in enumerate(args.sides):
+            left = args.limit - (time.perf_counter() - start)
+            if left < 45:
+                print(f"{side}: left out, {left:.0f} s are left", flush=True)
+                continue
             out = Path(folder) / f"{number}.json"
             # Every side with caches of its own: none finds what another has compiled.
-            environment = os.environ | {
+            switches = ("UNSLOTH_EXT_NF4_MATMUL", "UNSLOTH_EXT_DECODE_GRAPHS")  # a user has set none
+            environment = {name: value for name, value in os.environ.items() if name not in switches} | {
                 "UNSLOTH_DECODE_CUDA_GRAPHS": "1" if side == GRAPHS else "",
                 "UNSLOTH_COMPILE_LOCATION": f"{folder}/unsloth{number}",
                 "TRITON_CACHE_DIR": f"{folder}/triton{number}",
-                "UNSLOTH_EXT_NF4_MATMUL": "1" if side in (OURS, PLAIN_OURS) else "0",
-                "UNSLOTH_EXT_DECODE_GRAPHS": "1" if side == OURS else "0",
             }
             command = [sys.executable, __file__, "--rounds", str(args.rounds), "--side", side, str(model), str(out)]
-            if subprocess.run(command, env=environment).returncode:
-                print(f"{side}: failed", flush=True)
+            try:
+                code = subprocess.run(command, env=environment, timeout=None if math.isinf(left) else left).returncode
+            except subprocess.TimeoutExpired:
+                code = "out of time"
+            if code:
+                print(f"{side}: failed ({code})", flush=True)
                 failed.append(side)
-                continue
-            times[side] = {int(batch): found for batch, found in json.loads(out.read_text()).items()}
-            said[side] = torch.load(out.with_suffix(".pt"))
-            report(args, times, said)  # after each side: what has been measured stays, whatever comes
+            if out.exists():
+                found[side] = {int(batch): row for batch, row in json.loads(out.read_text()).items()}
+            if out.with_suffix(".pt").exists():
+                said[side] = torch.load(out.with_suffix(".pt"))
+            if found:
+                report(args, found, said)  # after each side: what has been measured stays, whatever comes
     return 1 if failed else 0
 
 
-def report(args, times, said) -> None:
+def report(args, found, said) -> None:
     import record
 
     from unsloth_ext.patching.release import installed_release
 
     rows = [
-        {"architecture": args.architecture, "batch": batch, "side": side, "unit": "ms"} | record.percentiles(found, 3)
-        for side, batches in times.items()
-        for batch, found in batches.items()
+        {"architecture": args.architecture, "batch": batch, "side": side, "unit": "ms"}
+        | record.percentiles(row["ms"], 3)
+        | {key: value for key, value in row.items() if key != "ms"}
+        for side, batches in found.items()
+        for batch, row in batches.items()
     ]
     release = installed_release("unsloth")
     claims = []
     for ours, theirs in ((OURS, UNSLOTH), (PLAIN_OURS, PLAIN)):
         if ours in said and theirs in said:
-            found = agreement(said[ours], said[theirs])
-            rows.append({"case": "agreement", "side": ours, "with": theirs} | found)
-            print(f"{ours} and {theirs}: {found}", flush=True)
+            same = agreement(said[ours], said[theirs])
+            rows.append({"case": "agreement", "side": ours, "with": theirs} | same)
+            print(f"{ours} and {theirs}: {same}", flush=True)
             if ours == OURS:
-                share = found["clear_and_equal"] / max(1, found["clear"])
+                share = same["clear_and_equal"] / max(1, same["clear"])
                 claims.append(
                     record.claim("generate.8b.agreement", round(share, 4), "x", ">= 1.0", f"Unsloth {release}")
                 )
-    if OURS in times:
-        p50 = {side: {batch: statistics.median(t) for batch, t in found.items()} for side, found in times.items()}
-        for batch, target in TARGETS.items():
+    p50 = {side: {batch: statistics.median(row["ms"]) for batch, row in of.items()} for side, of in found.items()}
+    for batch, target in TARGETS.items():
+        if batch in p50.get(OURS, {}):
             value = round(p50[OURS][batch], 3)
             claims.append(
                 record.claim(f"generate.8b.batch{batch}_ms", value, "ms", f"<= {target}", f"Unsloth {release}")
             )
-        if UNSLOTH in p50:
-            ratio = min(p50[UNSLOTH][batch] / p50[OURS][batch] for batch in BATCHES)
-            claims.append(
-                record.claim("generate.8b.min_vs_unsloth", round(ratio, 3), "x", ">= 1.0", f"Unsloth {release}")
-            )
+    if set(BATCHES) <= p50.get(OURS, {}).keys() & p50.get(UNSLOTH, {}).keys():
+        ratio = min(p50[UNSLOTH][batch] / p50[OURS][batch] for batch in BATCHES)
+        claims.append(record.claim("generate.8b.min_vs_unsloth", round(ratio, 3), "x", ">= 1.0", f"Unsloth {release}"))
     record.write(args.record, rows, claims)
 
 

@@ -9,7 +9,7 @@ from nf4_states import Spec
 
 from unsloth_ext.nf4 import dequantize, matmul_cuda, matmul_hopper, matmul_nvrtc, matmul_plan, matmul_table
 from unsloth_ext.nf4.matmul import linear
-from unsloth_ext.nf4.matmul_hopper import FewRows, ScaledTiles, Tiles
+from unsloth_ext.nf4.matmul_hopper import FewRows, Tiles
 from unsloth_ext.nf4.quant_state import read
 
 pytestmark = pytest.mark.gpu
@@ -33,12 +33,6 @@ LAUNCHES = [
     (Tiles(64, parts=2, split=2, buffers=1, lean=1, decoded=1), 4096, (40,)),
     (Tiles(64, parts=2, stages=4), 1152, (40,)),
     (Tiles(128, parts=2, split=4, buffers=1), 4096, (128, 200)),
-    (ScaledTiles(32, 2, 2, 6, 2, split=2, wide=1), 2048, (17, 40)),
-    (ScaledTiles(64, 2, 2, 4, 3, words=1), 4096, (64, 100)),
-    (ScaledTiles(64, 1, 2, 6, 4, split=4), 4096, (40,)),
-    (ScaledTiles(128, 2, 1, 6, 4, words=1), 1280, (128, 200)),
-    (ScaledTiles(256, split=2), 4096, (200, 300)),
-    (ScaledTiles(256, split=2, cluster=2, wide=1), 2048, (256, 129)),
 ]
 
 
@@ -113,8 +107,6 @@ SHARING = [
     (FewRows("few_async", 1, 8, 1, slices=2), 4096, 5),
     (Tiles(16, split=4), 4096, 16),
     (Tiles(64, split=2), 4096, 64),
-    (ScaledTiles(64, 2, 2, 4, 3, split=4), 4096, 64),
-    (ScaledTiles(256, split=4, cluster=2), 4096, 200),
 ]
 
 

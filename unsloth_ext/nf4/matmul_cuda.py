@@ -19,8 +19,8 @@ import threading
 import torch
 
 from . import dequantization, matmul_nvrtc, matmul_table
-from .matmul_hopper import COUNTERS, FewRows, ScaledTiles
-from .matmul_launch import exact_pairs, pairs
+from .matmul_hopper import COUNTERS, FewRows
+from .matmul_launch import pairs
 from .matmul_table import FACTORS
 
 _OVERLAP = struct.pack("<I4xI60x", 6, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: allowed
@@ -135,15 +135,9 @@ class Kernel:
 
     def __init__(self, variant):
         self.variant, self.shape, index = variant, variant.shape, variant.device_index
-        shape, dtype = variant.shape, variant.dtype
-        macros = shape.macros(variant.columns)
-        if dtype == torch.float16:
+        shape, macros = variant.shape, variant.shape.macros(variant.columns)
+        if variant.dtype == torch.float16:
             macros["FP16"] = 1
-        codes = dtype  # of the table of pairs
-        if isinstance(shape, ScaledTiles):
-            codes = torch.float16
-            if dtype == torch.float16 or shape.wide:  # a weight rounded to fp16 is as exact as such a code
-                codes, macros["WIDE"] = torch.float32, 1
         image = matmul_nvrtc.cubin(shape.kernel, macros)
         torch.cuda.current_stream(index).synchronize()  # makes the device's context this thread's own
         module = ctypes.c_void_p()
@@ -151,8 +145,7 @@ class Kernel:
         few = isinstance(shape, FewRows)
         self.function = _Function(module, shape.kernel, shape.threads, shape.end - 0x400, "Q" * 10 + "iifQ")
         self.permute = None if few else _Function(module, "permute", 256, 0, "QQiii")
-        table = exact_pairs(index) if codes == torch.float32 else pairs(index, codes)
-        self.pairs, self.inverse = table.data_ptr(), 1.0 / FACTORS.get(codes, 1.0)
+        self.pairs, self.inverse = pairs(index, variant.dtype).data_ptr(), 1.0 / FACTORS[variant.dtype]
         self.go = self._few() if few else self._tiles()
 
     def _room(self):
@@ -191,13 +184,12 @@ class Kernel:
     def _tiles(self):
         shape, function, permute = self.shape, self.function, self.permute
         pairs_at, inverse, k = self.pairs, self.inverse, self.variant.columns
-        per_tile, rows, split, cluster = 64 * shape.nwg, shape.rows, shape.split, getattr(shape, "cluster", 1)
+        per_tile, rows, split = 64 * shape.nwg, shape.rows, shape.split
         room, zeros = self._room(), counters(self.variant.device_index)
         blocks, of_x = -(-k * rows // 8 // 256), k * rows // 2  # fp32 numbers' room that a tile of x takes
 
         def go(stream, x, packed, absmax, code2, absmax2, offset, bias, out, m, n):
             tiles, of_m = -(-n // per_tile), -(-m // rows)
-            tiles += -tiles % cluster
             shared = tiles * of_m * split * per_tile * rows if split > 1 else 0
             space = room(of_m * of_x + shared)
             counts = zeros(stream) if shared else None

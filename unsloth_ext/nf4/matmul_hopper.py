@@ -1,4 +1,4 @@
-"""Which of the CUDA C++ kernels of `cuda/` multiplies, and how it is cut up: for sm_90, bitsandbytes' usual states, 1 to 256 rows.
+"""Which of the CUDA C++ kernels of `cuda/` multiplies, and how it is cut up: for sm_90, bitsandbytes' usual states, 1 to 128 rows.
 
 The choices follow two sweeps on an H200, over 14336x4096, 4096x4096, 1024x4096, 4096x14336, 8192x2048 and 2048x8192. Where None is
 returned, the Triton kernels or dequantise + cuBLAS were as fast, or nothing fits.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-ROWS = 256  # of x at most
-SCALED_FROM = 33  # rows of x: from here on weights are scaled before they are multiplied, below it sums are
+ROWS = 128  # of x at most
 COUNTERS = 4096  # sums that programs can share in one call
 _LIMIT = 0x400 + 232448  # the end of a program's shared memory, as addresses count
 
@@ -85,38 +84,6 @@ class Tiles(NamedTuple):
         return found | {"DECODED": self.decoded}
 
 
-class ScaledTiles(NamedTuple):
-    """A launch of `tile_scaled`: as `tile_wgmma`, for K that is a multiple of 256."""
-
-    rows: int  # 16, 32, 64, 128 or 256
-    nwg: int = 2
-    kwg: int = 1  # groups of warps that share a tile's K; nwg * kwg is 2 or 4
-    stages: int = 4  # of 64 columns of x, for each group
-    ring: int = 2  # steps of 256 columns of the weight, for each warp
-    split: int = 1  # of K, between programs
-    wide: int = 0  # fp32 codes, else fp16 times a factor; always for fp16
-    words: int = 0
-    cluster: int = 1  # programs that share what they read of x
-
-    kernel = "tile_scaled"
-
-    @property
-    def threads(self) -> int:
-        return 128 * self.nwg * self.kwg + 128
-
-    @property
-    def end(self) -> int:
-        return 0x10000 + self.kwg * (self.stages * self.rows * 128 + self.nwg * self.ring * 8192)
-
-    @property
-    def shared_sums(self) -> bool:
-        return self.split > 1
-
-    def macros(self, k: int) -> dict:
-        found = {"MT": self.rows, "NWG": self.nwg, "KWG": self.kwg, "STAGES": self.stages, "RING": self.ring, "KDIM": k}
-        return found | {"SPLIT": self.split, "WIDE": self.wide, "WORDS": self.words, "CLUSTER": self.cluster}
-
-
 def cut(k: int) -> tuple[int, int, int] | None:
     """(kw, rg, slices) for K columns: as few slices as 16 warps allow. None where that leaves fewer than 4 warps across K."""
     if k % 256:
@@ -130,14 +97,12 @@ def cut(k: int) -> tuple[int, int, int] | None:
     return kw, rg, slices
 
 
-def shape_for(rows: int, n: int, k: int, processors: int) -> FewRows | Tiles | ScaledTiles | None:
+def shape_for(rows: int, n: int, k: int, processors: int) -> FewRows | Tiles | None:
     """The launch for [N, K] and so many rows of x."""
     if not 0 < rows <= ROWS or n < 256:
         return None
     if rows <= 16 and (shape := _few(rows, n, k, processors)) is not None:
         return shape
-    if rows >= SCALED_FROM and k % 256 == 0:
-        return _scaled_tiles(rows, n, k, processors)
     return _tiles(rows, n, k, processors) if rows > 8 else None
 
 
@@ -162,7 +127,7 @@ def _few(rows, n, k, processors):
 
 def _tiles(rows, n, k, processors):
     of_x = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    if rows > 128 or k % 128 or k < 1024:
+    if k % 128 or k < 1024:
         return None
     if n * k < (1 << 22) or (of_x == 64 and n * k <= 1 << 22) or (of_x == 128 and (n * k < 1 << 24 or k < 4096)):
         return None  # dequantise + cuBLAS
@@ -170,18 +135,6 @@ def _tiles(rows, n, k, processors):
     parts, stages = (4, 3) if k % 256 == 0 and of_x < 128 else (2, 4 if of_x < 128 else 3)
     split = _split(-(-n // (64 * nwg)), k // (64 * parts), parts, processors)
     return Tiles(of_x, nwg, parts, stages, split, 2 if of_x < 128 else 1, words=nwg - 1)
-
-
-def _scaled_tiles(rows, n, k, processors):
-    if k < 1024 or n * k <= 1 << 22 or (rows > 64 and (n * k < 1 << 24 or k < 4096)):
-        return None  # dequantise + cuBLAS
-    of_x = 64 if rows <= 64 else 128 if rows <= 128 else 256
-    split = _split(-(-n // 128), k // 256, 4, processors)
-    if of_x == 64:
-        return ScaledTiles(64, 2, 2, 4, 3, split, words=1)
-    return (
-        ScaledTiles(128, 2, 1, 6, 4, split, words=1) if of_x == 128 else ScaledTiles(256, 2, 1, 4, 2, split, cluster=2)
-    )
 
 
 def _split(tiles: int, steps: int, parts: int, processors: int) -> int:

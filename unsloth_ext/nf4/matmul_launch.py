@@ -24,14 +24,6 @@ def pairs(device_index: int, dtype: torch.dtype) -> torch.Tensor:
         return both.to(torch.device("cuda", device_index))
 
 
-@functools.cache
-def exact_pairs(device_index: int) -> torch.Tensor:
-    """float32 [256, 2]: the two codes of each byte, the first first."""
-    code, byte = torch.tensor(CODE, dtype=torch.float32), torch.arange(256)
-    with torch.inference_mode(False):
-        return torch.stack((code[byte >> 4], code[byte & 15]), 1).to(torch.device("cuda", device_index))
-
-
 def _shared(variant: Variant) -> dict:
     return {
         "K": variant.columns,

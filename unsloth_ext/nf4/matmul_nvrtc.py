@@ -25,11 +25,8 @@ _HASH = 32  # bytes before the code in a kept file
 
 def source(kernel: str) -> str:
     """The whole text of a kernel, with what it includes."""
-    text = (SOURCES / f"{kernel}.cu").read_text()
-    for header in ("tile.cuh", "common.cuh"):  # the first includes the second
-        if (line := f'#include "{header}"') in text:
-            text = text.replace(line, (SOURCES / header).read_text().replace("#pragma once", ""))
-    return text
+    included = (SOURCES / "common.cuh").read_text().replace("#pragma once", "")
+    return (SOURCES / f"{kernel}.cu").read_text().replace('#include "common.cuh"', included)
 
 
 def _places(name: str):

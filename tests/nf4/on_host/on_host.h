@@ -2,6 +2,7 @@
 // order, deadlocks found. It shows whether indices, barriers and parities are right; it knows nothing of speed, and multiplications
 // of the tensor cores are over at once.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 #include <cmath>
 #include <cstdio>
@@ -17,7 +18,6 @@
 #define SHARED_MEMORY static uint8_t* shared_memory = nullptr;
 struct Dim { int x, y, z; };
 struct uint2 { uint32_t x, y; };
-struct float2 { float x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct float4 { float x, y, z, w; };
 static uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
@@ -30,7 +30,7 @@ static std::map<uint32_t, Bar> bars;
 struct Group { int size = 32, arrived = 0; long turn = 0; uint32_t slot[128][8]; float f[128]; };
 struct Late { const uint8_t* from; uint32_t to, n, bar; };
 struct Fiber {
-  ucontext_t context; char* stack; Dim thread; bool done = true;
+  ucontext_t context; jmp_buf at; bool begun = false; char* stack; Dim thread; bool done = true;
   std::deque<std::vector<Late>> groups; std::vector<Late> open;
 };
 static std::vector<Fiber> fibers;
@@ -38,12 +38,21 @@ static std::vector<Group> warps, warpgroups;
 static std::map<int, Group> named;
 static std::vector<Late> bulk;
 static Group whole;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int current;
 static long progress;
 static Dim blockIdx, gridDim, blockDim;
 #define threadIdx (fibers[current].thread)
-static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+// A context is entered once; from then on _setjmp and _longjmp change stacks, without swapcontext's system calls.
+static void leave() { _longjmp(scheduler, 1); }
+static void yield() { if (!_setjmp(fibers[current].at)) leave(); }
+static void resume() {
+  if (_setjmp(scheduler)) return;
+  Fiber& f = fibers[current];
+  if (f.begun) _longjmp(f.at, 1);
+  f.begun = true;
+  setcontext(&f.context);
+}
 static void check(bool ok, const char* why) { if (!ok) { printf("FAULT thread %d block %d: %s\n", current, blockIdx.x, why); fflush(stdout); _Exit(3); } }
 static void meet(Group& g) {
   const long turn = g.turn;
@@ -102,12 +111,6 @@ static float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f;
 static float half_of(uint32_t pair, int i) { return __uint_as_float(i ? pair & 0xffff0000u : pair << 16); }  // bfloat16
 static float widened(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
 static uint16_t rounded(float v) { uint32_t u = __float_as_uint(v); return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
-static uint32_t both(float first, float second) { return rounded(first) | (uint32_t)rounded(second) << 16; }
-static float2 halves(uint32_t pair) {
-  _Float16 h[2];
-  memcpy(h, &pair, 4);
-  return {(float)h[0], (float)h[1]};
-}
 static float mul_flushing(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 template <class T> static T __shfl_sync(uint32_t, T v, int source, int width = 32) {
@@ -154,7 +157,7 @@ template <class T> static T __ldcg(const T* p) { return *p; }
 static void __trap() { check(false, "trap"); }
 
 static std::function<void()> body;
-static void enter() { body(); fibers[current].done = true; progress++; swapcontext(&fibers[current].context, &scheduler); }
+static void enter() { body(); fibers[current].done = true; progress++; leave(); }
 static void launch(Dim grid, int threads, std::function<void()> what) {
   gridDim = grid; blockDim = {threads, 1, 1}; body = what;
   if ((int)fibers.size() < threads) {
@@ -168,15 +171,15 @@ static void launch(Dim grid, int threads, std::function<void()> what) {
         warps.assign(threads / 32, Group()); warpgroups.assign((threads + 127) / 128, Group()); whole = Group(); whole.size = threads;
         for (auto& g : warpgroups) g.size = 128;
         for (int i = 0; i < threads; i++) {
-          Fiber& f = fibers[i]; f.done = false; f.thread = {i, 0, 0}; f.groups.clear(); f.open.clear();
-          getcontext(&f.context); f.context.uc_stack = {f.stack, 0, 1 << 16}; f.context.uc_link = &scheduler; makecontext(&f.context, enter, 0);
+          Fiber& f = fibers[i]; f.done = f.begun = false; f.thread = {i, 0, 0}; f.groups.clear(); f.open.clear();
+          getcontext(&f.context); f.context.uc_stack = {f.stack, 0, 1 << 16}; f.context.uc_link = nullptr; makecontext(&f.context, enter, 0);
         }
         for (int idle = 0;;) {
           const long before = progress; int left = 0;
           const int offset = rand() % threads;
           for (int i = 0; i < threads; i++) {
             current = (i + offset) % threads;
-            if (!fibers[current].done) { left++; swapcontext(&scheduler, &fibers[current].context); }
+            if (!fibers[current].done) { left++; resume(); }
           }
           for (size_t i = 0; i < bulk.size();) {
             if (rand() % 3 == 0 || idle > 2) {

@@ -4,12 +4,8 @@
 #include "../../../unsloth_ext/nf4/cuda/few_async.cu"
 #elif KERNEL == 2
 #include "../../../unsloth_ext/nf4/cuda/few_stream.cu"
-#elif KERNEL == 3
-#include "../../../unsloth_ext/nf4/cuda/tile_wgmma.cu"
-#define NAME tile_wgmma
 #else
-#include "../../../unsloth_ext/nf4/cuda/tile_scaled.cu"
-#define NAME tile_scaled
+#include "../../../unsloth_ext/nf4/cuda/tile_wgmma.cu"
 #endif
 #include <random>
 static const double CODE[16] = {-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -31,24 +27,14 @@ int main(int argc, char** argv) {
   for (int i = 0; i < N * K / 64; i++) absmax[i] = r();
   for (auto& v : code2) v = normal(r) * 0.05f;
   for (auto& v : absmax2) v = 0.1f + (r() % 1000) / 1000.f;
-  const float factor = KERNEL == 4 ? 1.6776895f : 1.437006f;
-  std::vector<uint32_t> pairs(512);
-  for (int b = 0; b < 256; b++) {
-    const float code[2] = {(float)CODE[b >> 4], (float)CODE[b & 15]};
-#if KERNEL == 4 && WIDE
-    memcpy(&pairs[2 * b], code, 8);
-#elif KERNEL == 4
-    const _Float16 h[2] = {(_Float16)(code[0] * factor), (_Float16)(code[1] * factor)};
-    memcpy(&pairs[b], h, 4);
-#else
-    pairs[b] = rounded(code[0] * factor) | (uint32_t)rounded(code[1] * factor) << 16;
-#endif
-  }
+  const float factor = 1.437006f;
+  std::vector<uint32_t> pairs(256);
+  for (int b = 0; b < 256; b++) pairs[b] = rounded(CODE[b >> 4] * factor) | (uint32_t)rounded(CODE[b & 15] * factor) << 16;
   std::vector<uint16_t> bias(N);
   for (auto& v : bias) v = rounded(normal(r) * 8);
   const bool biased = r() % 2;
   std::vector<uint16_t> out((size_t)M * N, 0x7fc0);
-  std::vector<float> parts(64 << 20, NAN);
+  std::vector<float> parts(1 << 20, NAN);
   std::vector<unsigned> counters(1 << 14, 0);
   for (int call = 0; call < 2; call++) {
 #if KERNEL < 3
@@ -65,7 +51,7 @@ int main(int argc, char** argv) {
     static uint8_t* xp = aligned((size_t)tiles * MT * K * 2);
     launch({K * MT / 8 / 256 + 1, tiles, 1}, 256, [&] { permute(x, (uint4*)xp, M, MT, K); });
     launch({(N + ROWS - 1) / ROWS, SPLIT, tiles}, THREADS, [&] {
-      NAME(xp, packed, absmax, code2.data(), absmax2.data(), &offset, pairs.data(), out.data(), parts.data(), counters.data(), M, N, 1 / factor, biased ? bias.data() : nullptr);
+      tile_wgmma(xp, packed, absmax, code2.data(), absmax2.data(), &offset, pairs.data(), out.data(), parts.data(), counters.data(), M, N, 1 / factor, biased ? bias.data() : nullptr);
     });
 #endif
     for (auto c : counters) check(c == 0, "a counter is left");

@@ -3,10 +3,10 @@
 // load path nothing. x comes from `permute`, which orders each 64 columns as the lanes hold them and swizzles for wgmma, so one
 // bulk copy is a stage. Scales go onto the sums of each 64 columns, in fp32; these are doubled so that decoding and multiplying
 // overlap. SPLIT programs share a tile's K; the last to arrive adds their parts, in order.
+#include "common.cuh"
 #ifndef MT
 #define MT 64
 #endif
-#include "tile.cuh"
 #ifndef NWG
 #define NWG 2
 #endif
@@ -41,6 +41,51 @@ static_assert(!LEAN || (PARTS == 2 && WS + STAGES * WSTAGE <= TABLE), "lean: 2 p
 static_assert(DECODED == 2 || BUFFERS == 1, "one buffer of codes needs no two of sums");
 constexpr int DEEP = STAGES - 1;  // stages of the weight on their way
 SHARED_MEMORY
+
+// [M, K] -> [K / 64][MT][64], in the order of the lanes, 16-byte pieces swizzled; rows past M are zeros. One thread a piece.
+extern "C" __global__ void permute(const uint16_t* x, uint4* to, int M, int tokens, int columns) {
+  grid_wait();
+  grid_launch();
+  x += (int64_t)blockIdx.y * tokens * columns;  // tile blockIdx.y of x
+  M -= blockIdx.y * tokens;
+  to += (int64_t)blockIdx.y * tokens * columns / 8;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, piece = i & 7, token = (i >> 3) % tokens, block = (i >> 3) / tokens;
+  if (block >= columns / 64) return;
+  uint32_t v[4];
+#pragma unroll
+  for (int t = 0; t < 4; t++)  // piece = 2 j + h: columns 2t, 2t + 1 (+ 8 h) of multiplication j are a lane's 16 t + 4 j + 2 h
+    v[t] = token < M ? *reinterpret_cast<const uint32_t*>(x + (int64_t)token * columns + block * 64 + 16 * t + 2 * piece) : 0u;
+  to[((int64_t)block * tokens + token) * 8 + (piece ^ (token & 7))] = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+#ifndef HOST
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+DEV void wgmma(float (&d)[MT / 2], const uint32_t* a, uint64_t b, int keep) {
+#if MT == 16
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0;\nwgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE
+               " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0; }"
+               : D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#elif MT == 32
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0; }"
+               : D8(0), D8(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#elif MT == 64
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+               " {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
+               : D8(0), D8(8), D8(16), D8(24) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#else
+  static_assert(MT == 128, "16, 32, 64 or 128");
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+               "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
+               "%62,%63}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
+               : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#endif
+}
+
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, LEAN ? 2 : 1) tile_wgmma(
     const uint8_t* permuted, const uint8_t* packed, const uint8_t* absmax, const float* code2, const float* absmax2,
