@@ -12,8 +12,10 @@ that fails or is given up takes no other's rows with it.
 """
 
 import argparse
+import faulthandler
 import gc
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -85,12 +87,15 @@ def timed(model, tokens, warm_up: int, steps: int) -> dict:
         return (time.perf_counter() - start) * 1e3, loss.item()
 
     begun, first = step()
-    for _ in range(warm_up):
+    print(f"first step {begun / 1e3:.2f} s", file=sys.stderr, flush=True)
+    second = step()[0] if warm_up else 0.0  # the adapters are not zeros any more: looked at once more
+    for _ in range(warm_up - 1):
         step()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = [step()[0] for _ in range(steps)]
     row = {"unit": "ms", "loss": first, "first step s": round(begun / 1e3, 2)}
+    row["second step s"] = round(second / 1e3, 2)
     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None
     row["step"] = record.percentiles(times, 2)
     row["tokens_per_s"] = round(tokens.numel() / statistics.median(times) * 1e3)
@@ -124,6 +129,9 @@ def planned(budget) -> dict:
         "products": sum(s.products is not None for s in scripts),
         "copies": sum(bool(s.copies) for s in scripts),
         "outlines": sum(s.outline is not None for s in scripts),
+        "seconds": {n: round(getattr(budget, n), 2) for n in ("probing", "looking", "planning")},
+        "looked": sum(state.looked for state in budget.states),
+        "searches": budget.searches,
         "why": sorted({s.why for s in scripts if s.why})[:3],
     }
     return row | {"link_gb_s": [round(costs.to_host / 1e9, 1), round(costs.from_host / 1e9, 1)]}
@@ -131,6 +139,10 @@ def planned(budget) -> dict:
 
 def side(name: str, folder: Path, args) -> None:
     """One side, in this process; its rows go to standard output."""
+    faulthandler.dump_traceback_later(35, repeat=True, exit=False)  # a hang shows where, in the row of its failure
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("unsloth_ext.compiling").setLevel(logging.INFO)
+    begun = time.perf_counter()
     kind, _, flag = name.partition(": ")
     if kind != "Unsloth":
         import unsloth_ext  # noqa: F401  before unsloth
@@ -142,6 +154,7 @@ def side(name: str, folder: Path, args) -> None:
     tokens = torch.randint(0, vocabulary - 256, (args.batch, args.length), generator=draw).to(device)
     model = model_of(folder, args.length, {"True": True, "False": False}.get(flag, flag) if flag else False)
 
+    print(f"{name}: loaded after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     print(READY, flush=True)
     sys.stdin.readline()
 
@@ -216,7 +229,11 @@ class Process:
         if code:
             why = f"given up after {self.limit} s" if self.given_up else f"exit status {code}"
             self.errors.seek(0)
-            keep({"side": self.name, "error": f"{why}: {self.errors.read()[-1500:]}"})
+            said = self.errors.read()
+            last = said.rfind("Thread 0x")  # the main thread, innermost call first, where it hung
+            if last >= 0 and len(said) - last > 4000:
+                said = said[last : last + 4000] + "\n...\n" + said[-2000:]
+            keep({"side": self.name, "error": f"{why}: {said[-6010:]}"})
 
     def end(self) -> None:
         if self.process.poll() is None:

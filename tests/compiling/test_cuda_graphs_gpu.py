@@ -1,30 +1,12 @@
 """CUDA graphs on a card: the numbers of the same regions not recorded, through accumulation, changing shapes and evaluation."""
 
-import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
+import functools
 
 import pytest
+from on_card import NEEDS, on_card
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in ("unsloth", "peft", "bitsandbytes")), reason="make setup"
-    ),
-]
-
-
-def run(tmp_path, *options):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("UNSLOTH")}
-    env |= {"UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth_compiled_cache"), "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")))
-    command = [sys.executable, str(Path(__file__).with_name("graphs_on_card.py")), *options]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
+pytestmark = NEEDS
+run = functools.partial(on_card, "graphs_on_card.py")
 
 
 @pytest.mark.parametrize("kind, scope", [("unsloth", "block"), ("unsloth", "step"), ("plain", "block")])

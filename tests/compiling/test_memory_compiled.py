@@ -52,6 +52,7 @@ def test_layers_compiled_one_by_one(compiled_layers):
         compiled_layers["graphs"].frame_count <= made + 2
     )  # the first layer's input needs no gradient, in the probe it does
     assert any(script.outline for script in budget.scripts.values()), said(budget)
+    assert budget.searches == len(budget.patterns)  # once for a kind of layer, not for each layer
 
 
 def said(budget):
@@ -78,3 +79,25 @@ def test_what_the_uncompiled_forward_does_not_save_is_replayed(compiled_layers, 
     assert not any(script.outline for script in budget.scripts.values())
     assert any(script.products for script in budget.scripts.values()), said(budget)
     assert any("the uncompiled forward does not save" in why for why in said(budget))
+
+
+@pytest.mark.extended
+def test_what_was_found_in_one_layer_is_not_taken_for_granted_in_another(compiled_layers, monkeypatch):
+    """The last layer's uncompiled forward makes other bits than its graph: it is searched for itself, and its graph runs again."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model, tokens = model_of(layers=3), tokens_of()
+    compiled, last = LlamaDecoderLayer.forward, model.base_model.model.model.layers[2]
+    original = compiled._unsloth_block_original
+    compiled._unsloth_block_original = lambda self, x, *args, **kwargs: original(
+        self, x * 1.01 if self is last else x, *args, **kwargs
+    )
+    expected = trained(model, tokens, use_cache=False)
+    budget = memory_budget(model, "64GiB")
+    trained(model, tokens, use_cache=False)  # the probe
+    hold(budget, "layer")
+    for _ in range(2):
+        compiled_layers["compiled"] = 0
+        assert_equal(trained(model, tokens, use_cache=False), expected)
+        assert compiled_layers["compiled"] == 4, said(budget)  # three layers, the last one's graph twice
+    assert {key[0] for key, script in budget.scripts.items() if script.outline} == {0, 1}

@@ -17,6 +17,7 @@ the error is the user's to see: a backward that has run in part cannot be run ag
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 
 import torch
@@ -102,6 +103,10 @@ class MemoryBudget:
         self.host_memory = int(amount * memory_amount.host_memory_free() if kind == "share" else amount)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.scripts: dict = {}
+        self.patterns: dict = {}  # kind of layer -> (the first script found in one, how often was searched)
+        # For reports: seconds of finding out what is saved, of these the searches' count, of probing and of planning.
+        self.looking = self.probing = self.planning = 0.0
+        self.searches = 0
         self.costs: Costs | None = None
         self.loss_bytes: float | None = None  # of head and loss, for each token
         self.correction = 0  # bytes by which a step exceeded its prediction
@@ -172,13 +177,23 @@ class MemoryBudget:
             self.correction += max(2**28, self.limit() // 20)
             self._plans.clear()
         if self.costs is None or tokens > self.costs.tokens * 1.25 or sequence > self.costs.sequence * 1.25:
+            start = time.perf_counter()
             self.costs = memory_probe.measure(
                 state, layer, inner, args, kwargs, self.scripts, self.meter, self.offloader, 3 if x.is_cuda else 1
+            )
+            self.probing += time.perf_counter() - start
+            logger.info(
+                "memory budget %s: a layer probed in %.1f s, %.1f s of it to find what it saves",
+                self.given,
+                self.probing,
+                self.looking,
             )
             self.loss_bytes = None
             self._plans.clear()
         self._ooms = self._out_of_memory()  # the probe's own, at levels that do not fit, are no step's
+        start = time.perf_counter()
         plan = self._planned(tokens, sequence)
+        self.planning += time.perf_counter() - start
         if plan != self.plan:
             logger.info("memory budget %s: %s", self.given, plan)
         self.plan = plan

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import time
 import types
 import weakref
 
@@ -29,12 +30,14 @@ from .recompute_recipes import (
     norm_functions,
     norm_recipe,
     norms_of,
+    trained,
     view,
     whole,
 )
 from .retrace import Outline, Part, Retrace, look, mlp_input, uncompiled
 
 _SEAT = "_unsloth_ext_memory"
+_SEARCHES = 3  # for each kind of layer
 
 
 class UnsupportedModel(ValueError):
@@ -313,8 +316,8 @@ def settle(state: LayerState, layer, frame: Frame, level: Level, scripts: dict, 
         # Of this layer: in another one two norms that are equal here need not be.
         key = (state.index, level.norms, plain is None, frame.signature, None if mlp is None else mlp.signature)
         script = scripts.get(key)
-        if script is None or not script.final:
-            script = scripts[key] = _examined(state, layer, frame, plain)
+        if script is None or (not script.final and script.adapters != trained(state.mlp)):
+            script = scripts[key] = _examined(state, layer, frame, plain, key)
     norms = norm_functions(layer) if script.norm or script.norms else {}
     recipes: dict[Value, object] = {}
     residual = {frame.input.value}
@@ -392,12 +395,24 @@ def settle(state: LayerState, layer, frame: Frame, level: Level, scripts: dict, 
     return computed
 
 
-def _examined(state: LayerState, layer, frame: Frame, plain) -> Script:
+def _examined(state: LayerState, layer, frame: Frame, plain, key: tuple) -> Script:
+    """The search, in the first layer of a kind; in its other layers what it found is computed once and compared."""
     state.looked += 1
+    keeper, start = state.keeper, time.perf_counter()
+    kind = (type(layer), key[1:], trained(state.mlp))
     try:
-        script = examine(layer, frame, state.mlp, frame.mlp)
-        if plain is not None:
-            look(script, layer, frame, state.mlp, state.intermediate, plain)
+        pattern, searches = keeper.patterns.get(kind, (None, 0))
+        for known in (pattern, None) if pattern is not None else (None,):
+            script = examine(layer, frame, state.mlp, frame.mlp, known)
+            if plain is not None:
+                look(script, layer, frame, state.mlp, state.intermediate, plain, known)
+            if known is None:
+                keeper.searches += 1
+                keeper.patterns[kind] = pattern or script, searches + 1
+            # What is not confirmed is replayed or kept: more searches than these are not worth their time.
+            if known is None or searches >= _SEARCHES or script.says_as_much_as(known):
+                break
+        keeper.looking += time.perf_counter() - start
         return script
     except torch.OutOfMemoryError as error:  # what is not known is replayed or kept; the next batch may leave more room
         return Script(final=False, why=f"out of memory: {str(error)[:200]}")

@@ -26,7 +26,7 @@ class Script:
     products: event index -> name of the product ("gate", "up", "act", "product"), and how projections are summed; None where
     some wide tensor is none of them: then the MLP is replayed. final: whether it need not be looked for again.
     copies: event of the attention's output as the output projection reads it -> event as the attention's backward reads it.
-    outline, mlp_input: of a compiled layer (retrace.py). why: what was not found, in words."""
+    outline, mlp_input: of a compiled layer (retrace.py). why: what was not found, in words. adapters: `trained` when it was found."""
 
     norm: tuple[str, int | None] | None = None
     products: dict[int, str] | None = None
@@ -37,6 +37,12 @@ class Script:
     outline: dict[int, int] | None = None
     mlp_input: int | None = None
     why: str = ""
+    adapters: tuple[bool, ...] | None = None
+
+    def says_as_much_as(self, other: Script) -> bool:
+        """Whether all that `other` found was found here too."""
+        found = (self.norm, self.products, self.norms, self.copies, self.outline, self.mlp_input)
+        return found == (other.norm, other.products, other.norms, other.copies, other.outline, other.mlp_input)
 
 
 def norms_of(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -69,6 +75,14 @@ def lora_of(projection):
         return None
     name = active[0]
     return base, projection.lora_A[name].weight, projection.lora_B[name].weight, projection.scaling[name]
+
+
+def trained(mlp: torch.nn.Module | None) -> tuple[bool, ...]:
+    """For each adapter of gate and up, whether its B is other than zeros. One synchronisation."""
+    projections = (getattr(mlp, f"{name}_proj", None) for name in ("gate", "up"))
+    parts = (lora_of(projection) for projection in projections if projection is not None)
+    adapters = [part[2] for part in parts if part and part[2] is not None]
+    return tuple(torch.stack([b.detach().any() for b in adapters]).tolist()) if adapters else ()
 
 
 def dense_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -190,9 +204,17 @@ def same(candidate: torch.Tensor | None, saved: torch.Tensor) -> bool:
     return torch.equal(candidate.reshape(-1), saved.reshape(-1))
 
 
-def examine(layer: torch.nn.Module, frame: Frame, mlp: torch.nn.Module | None, inner: Frame | None) -> Script:
-    """The script of one run of `layer` whose frames are still open; inner: the frame of its MLP, if that was one."""
-    script = Script()
+def examine(
+    layer: torch.nn.Module,
+    frame: Frame,
+    mlp: torch.nn.Module | None,
+    inner: Frame | None,
+    pattern: Script | None = None,
+) -> Script:
+    """The script of one run of `layer` whose frames are still open; inner: the frame of its MLP, if that was one.
+
+    pattern: what was found in another layer of the same kind. Then only that is computed and compared, nothing searched."""
+    script = Script(adapters=trained(mlp))
     with torch.no_grad(), frame.surroundings.again():
         x = frame.input.tensor()
         handles = [(i, h) for i in range(len(frame.events)) if (h := whole(frame, i)) and h.shape.numel() == x.numel()]
@@ -204,11 +226,19 @@ def examine(layer: torch.nn.Module, frame: Frame, mlp: torch.nn.Module | None, i
         ] = {}  # event, or None for the MLP's input -> (norm, event of its input), all that fit
         for source, handle in [(None, frame.input), *wanted]:
             for name, norm in norms.items():
+                if pattern is not None and (name, source) not in (pattern.norm, *pattern.norms.values()):
+                    continue
                 made = norm(handle.tensor().view(x.shape))
                 for index, other in wanted:
+                    if pattern is not None and pattern.norms.get(index) != (name, source):
+                        continue
                     if other.value is not handle.value and same(made, other.tensor()):
                         found.setdefault(index, []).append((name, source))
-                if goal is not None and same(made, goal.tensor()):
+                if (
+                    goal is not None
+                    and (pattern is None or pattern.norm == (name, source))
+                    and same(made, goal.tensor())
+                ):
                     found.setdefault(None, []).append((name, source))
         for index, fits in found.items():
             modules = {name.partition(",")[0] for name, _ in fits}
@@ -218,17 +248,19 @@ def examine(layer: torch.nn.Module, frame: Frame, mlp: torch.nn.Module | None, i
                 script.norm = fits[0]
             else:
                 script.norms[index] = fits[0]
-        _find_copies(script, frame, wanted)
+        _find_copies(script, frame, wanted, pattern)
         if inner is not None and mlp is not None:
-            find_products(script, mlp, inner)
+            find_products(script, mlp, inner, pattern)
     return script
 
 
-def _find_copies(script: Script, frame: Frame, wanted: list) -> None:
+def _find_copies(script: Script, frame: Frame, wanted: list, pattern: Script | None) -> None:
     for index, handle in wanted:
         if index in script.norms:
             continue
         for other, (_, dtype, shape) in enumerate(frame.events):
+            if pattern is not None and pattern.copies.get(index) != other:
+                continue
             if len(shape) != 4 or shape[0] != frame.batch or shape[2] < frame.sequence or dtype != handle.dtype:
                 continue
             if shape[1] * shape[3] * frame.sequence * frame.batch != handle.shape.numel():
@@ -245,8 +277,13 @@ def address_of(handle: Saved) -> int:
     return handle.value.get().data_ptr()
 
 
-def find_products(script: Script, mlp: torch.nn.Module, part) -> None:
+def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | None = None) -> None:
     """Fill script.products from `part` (see Products), or say in script.why what was found instead."""
+    # While B is all zeros the two orders cannot be told apart by their bits: look again when it is not.
+    script.final = all(script.adapters or ())
+    if pattern is not None and pattern.products is None:
+        script.why = pattern.why
+        return
     least = part.input.value.nbytes // 8  # x A^T is small: it is kept
     wide = {
         i
@@ -265,9 +302,8 @@ def find_products(script: Script, mlp: torch.nn.Module, part) -> None:
         for ref, _, shape in part.events
         if not _is_adapter(shape, adapters)
     )
-    # While B is all zeros the two orders cannot be told apart by their bits: look again next time.
-    script.final = all(bool(b.detach().any()) for _, b in adapters)
-    for fused in (False,) if as_modules else (True, False):
+    orders = (False,) if as_modules else (True, False)
+    for fused in orders if pattern is None else (pattern.fused,):
         products, drawn = Products(mlp, part, Script(fused=fused)), _random_state(part)
         try:
             made = {name: products.make(name) for name in ("gate", "up")}

@@ -121,8 +121,15 @@ def _norm_of(layer: torch.nn.Module, frame: Frame, wanted: torch.Tensor) -> tupl
     return None
 
 
-def look(script: Script, layer, frame: Frame, mlp: torch.nn.Module, intermediate: int, plain: Callable) -> None:
-    """Fill script.products, .mlp_input and .outline for a compiled layer's open frame, as far as its tensors are found."""
+def look(
+    script: Script, layer, frame: Frame, mlp: torch.nn.Module, intermediate: int, plain: Callable, pattern=None
+) -> None:
+    """Fill script.products, .mlp_input and .outline for a compiled layer's open frame, as far as its tensors are found.
+
+    pattern: what was found in another layer of the same kind; then only that is computed and compared."""
+    if pattern is not None:
+        _confirm(script, layer, frame, mlp, intermediate, plain, pattern)
+        return
     seen = _uncompiled_run(script, frame, plain)
     outline, left, values = {}, [], {frame.input.value}
     with torch.no_grad():
@@ -160,6 +167,26 @@ def look(script: Script, layer, frame: Frame, mlp: torch.nn.Module, intermediate
         script.why += f"the uncompiled forward does not save {', '.join(left)}; "
     elif script.products is not None and outline:
         script.outline = outline
+
+
+def _confirm(script: Script, layer, frame: Frame, mlp, intermediate: int, plain: Callable, pattern: Script) -> None:
+    script.why, script.final = pattern.why, all(script.adapters or ())
+    if pattern.products is None:
+        return
+    with torch.no_grad():
+        if pattern.outline is not None:
+            seen = _uncompiled_run(script, frame, plain)
+            pairs = ((seen.get(index), view(frame, event)) for event, index in pattern.outline.items())
+            if all(made is not None and saved is not None and alike(made, saved.tensor()) for made, saved in pairs):
+                script.outline = pattern.outline
+            else:
+                script.why += "the uncompiled forward saves other bits than in another layer of its kind; "
+            seen.clear()
+        script.mlp_input, script.norm = pattern.mlp_input, pattern.norm
+        with frame.surroundings.again():
+            find_products(script, mlp, Part(frame, mlp_input(layer, frame, script), intermediate), pattern)
+    if script.products is None:
+        script.outline = None
 
 
 def _uncompiled_run(script: Script, frame: Frame, plain: Callable) -> dict[int, torch.Tensor]:
