@@ -12,7 +12,6 @@ that fails or is given up takes no other's rows with it.
 """
 
 import argparse
-import faulthandler
 import gc
 import json
 import logging
@@ -139,7 +138,6 @@ def planned(budget) -> dict:
 
 def side(name: str, folder: Path, args) -> None:
     """One side, in this process; its rows go to standard output."""
-    faulthandler.dump_traceback_later(35, repeat=True, exit=False)  # a hang shows where, in the row of its failure
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("unsloth_ext.compiling").setLevel(logging.INFO)
     begun = time.perf_counter()
@@ -229,11 +227,7 @@ class Process:
         if code:
             why = f"given up after {self.limit} s" if self.given_up else f"exit status {code}"
             self.errors.seek(0)
-            said = self.errors.read()
-            last = said.rfind("Thread 0x")  # the main thread, innermost call first, where it hung
-            if last >= 0 and len(said) - last > 4000:
-                said = said[last : last + 4000] + "\n...\n" + said[-2000:]
-            keep({"side": self.name, "error": f"{why}: {said[-6010:]}"})
+            keep({"side": self.name, "error": f"{why}: {self.errors.read()[-6000:]}"})
 
     def end(self) -> None:
         if self.process.poll() is None:

@@ -28,6 +28,27 @@ EXPECTED = (
         )
     ),
     "nf4.step_8b.dequantize_ms",
+    *(f"nf4.matmul.{name}" for name in ("rows1_us", "rows16_us", "rows64_us", "rows256_us", "min_vs_best_peer")),
+    *(f"generate.8b.{name}" for name in ("batch1_ms", "batch4_ms", "batch16_ms", "batch64_ms", "min_vs_unsloth")),
+    *(
+        f"loss.{memory}.{unit}"
+        for memory in ("frozen_fast", "frozen_lean", "trained_fast", "trained_lean")
+        for unit in ("ms", "mib")
+    ),
+    *(f"loss.{memory}.vs_best_peer" for memory in ("frozen_fast", "trained_fast", "grpo")),
+    "loss.trained.dw_error_max",
+    "loss.generic.vs_specialised",
+    "loss.challenge.vram_saving",
+    "loss.llama1b.max_step_difference",
+    *(f"fsdp2.8b_x2.{name}" for name in ("tokens_vs_ddp", "held_gib", "load_peak_over_ideal")),
+    *(f"fsdp2.70b_x4.{name}" for name in ("load_peak_over_ideal", "tokens_vs_upstream", "trains_under_24gb")),
+    "fsdp2.405b.step",
+    "fsdp2.quant_state_share",
+    "fsdp2.loss_difference",
+    *(f"compile.{name}" for name in ("breaks", "graphs_64_shapes", "graphs_64_packings", "1b.ms", "loss_difference")),
+    *(f"compile.8b_{name}.ms" for name in ("auto", "8gib", "12gib", "20gib")),
+    "compile.packed_8b.vs_unsloth",
+    "compile.step_8b.first_step_s",
 )
 
 

@@ -65,30 +65,16 @@ def _few(rows: int, n: int, k: int) -> Few:
 
 def _many(rows: int, n: int, k: int, blocksize: int) -> Many | None:
     """None where dequantise + cuBLAS is faster."""
-    if n * k <= 1 << 22:
+    if n * k <= 1 << 22 or (rows > 64 and n < 14336):
         return None
     if rows > 64:
-        return _filling(Many(128, 128 if rows <= 128 else 256, warps=8), n, k)
+        return Many(128, 128 if rows <= 128 else 256, warps=8)
     # Shared memory beside Triton's own is only granted where Triton itself asks for more than 48 KiB: so 5 stages.
     shape = Many(128, 32 if rows <= 32 else 64, stages=5) if n >= 2048 else Many(64, 64, stages=5)
     split = 1
-    while split < 8 and -(-n // shape.block_n) * split * 2 <= 2 * _PROCESSORS and k >= 512 * split:
+    while split < 8 and -(-n // shape.block_n) * split * 2 <= 264 and k >= 512 * split:
         split *= 2
     return shape._replace(split=split, scale_sums=blocksize >= 64)
-
-
-_PROCESSORS = 132  # of the card measured
-
-
-def _filling(shape: Many, n: int, k: int) -> Many | None:
-    """A launch of one program a processor. On an H200 one of 256 rows takes 1.0 us for 64 columns, whatever the others do, so its K
-    is split until there is work for all; None where a fifth of them would wait still, or K's parts are short."""
-    tiles, split = -(-n // shape.block_n), 1
-    while 2 * tiles * split <= _PROCESSORS and split < 4:
-        split *= 2
-    programs = tiles * split
-    busy = programs / (-(-programs // _PROCESSORS) * _PROCESSORS)
-    return shape._replace(split=split) if busy >= 0.8 and (split == 1 or k >= 2048 * split) else None
 
 
 # Compute capability -> what was measured, by bench_nf4_matmul.py. Elsewhere `linear` dequantises.
