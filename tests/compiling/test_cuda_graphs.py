@@ -76,6 +76,16 @@ def test_checkpointing_and_no_gradients_are_not_recorded(decide):
     assert decide() and decide.graphs.plain["checkpointing"] == decide.graphs.plain["no gradients"] == 1
 
 
+def test_under_a_memory_budget_nothing_is_recorded(decide):
+    from unsloth_ext.compiling.memory_controller import memory_budget
+
+    assert [decide() for _ in range(SEEN)][-1]
+    budget = memory_budget(decide.model, "64GiB")
+    assert not decide() and decide.graphs.plain["memory budget"] == 1
+    budget.remove()
+    assert decide()
+
+
 def test_bad_arguments_and_restore_leave_nothing():
     model = models.make(layers=1)
     with pytest.raises(UsageError, match="cuda_graphs must be one of"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from memory_models import FAMILIES, assert_equal, hold, model_of, tokens_of, trained
 
-from unsloth_ext.compiling import recompute
+from unsloth_ext.compiling import recompute, recompute_recipes
 from unsloth_ext.compiling.memory_controller import budget_on, memory_budget
 from unsloth_ext.compiling.memory_plan import BudgetTooSmall
 from unsloth_ext.compiling.recompute import LEVELS
@@ -272,3 +272,92 @@ def test_a_forward_that_does_other_work_the_second_time_is_an_error():
     in_forward.clear()
     with pytest.raises(RuntimeError, match=r"layers\.1 saved .* when it was run again"):
         loss.backward()
+
+
+def probed(model, monkeypatch):
+    """A budget over layers whose norms are not seen when they are called, as in a fast path, after its first step."""
+    from unsloth_ext.compiling import memory_layers
+
+    monkeypatch.setattr(
+        memory_layers, "norm_forward", lambda self, *args, **kw: self._unsloth_ext_memory.call(self, *args, **kw)
+    )
+    budget = memory_budget(model, "64GiB")
+    trained(model, tokens_of())
+    return budget
+
+
+def test_inputs_and_norms_that_are_equal_only_at_first_are_not_taken_for_each_other(monkeypatch):
+    """An output projection that starts as zeros, as in an inserted block: both norms read the same bits, until it is trained."""
+    model, tokens = model_of(lora=False), tokens_of()
+    layers = model.model.layers
+    for layer in layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.normal_(layer.post_attention_layernorm.weight)
+    budget = probed(model, monkeypatch)
+    hold(budget, "gate_up")
+    trained(model, tokens)
+    for layer in layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight)
+    ours = trained(model, tokens)
+    budget.remove()
+    assert_equal(ours, trained(model, tokens))
+
+
+def test_a_layer_that_cannot_be_examined_is_trained_all_the_same(monkeypatch):
+    """A child called a norm that takes no hidden states."""
+    model, tokens = model_of(), tokens_of()
+    for layer in model.base_model.model.model.layers:
+        layer.norm_of_heads = torch.nn.LayerNorm(5)
+    expected = trained(model, tokens)
+    budget = probed(model, monkeypatch)
+    for level in LEVELS:
+        hold(budget, level)
+        assert_equal(trained(model, tokens), expected)
+    assert any("not examined: RuntimeError" in script.why for script in budget.scripts.values())
+
+
+def test_out_of_memory_while_the_mlp_is_examined_is_no_answer(monkeypatch):
+    model, tokens = model_of(), tokens_of()
+    expected, failures, make = trained(model, tokens), [], recompute_recipes.Products.make
+
+    def full(self, name):
+        if len(failures) < 3:
+            failures.append(name)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(self, name)
+
+    monkeypatch.setattr(recompute_recipes.Products, "make", full)
+    budget = memory_budget(model, "64GiB")
+    for level in LEVELS:
+        hold(budget, level) if budget.costs else None
+        assert_equal(trained(model, tokens), expected)
+    assert len(failures) == 3 and not any("OutOfMemoryError" in script.why for script in budget.scripts.values())
+
+
+def test_a_batch_of_few_rows_is_examined_for_itself():
+    """Another kernel may multiply it, which sums in another order."""
+    from unsloth_ext.compiling.memory_layers import FEW_ROWS
+    from unsloth_ext.nf4.matmul_table import MOST_ROWS
+
+    model = model_of(layers=1)
+    budget = memory_budget(model, "64GiB")
+    trained(model, tokens_of(2, FEW_ROWS))
+    hold(budget, "gate_up")
+    counts = []
+    for length in (FEW_ROWS, FEW_ROWS - 1, FEW_ROWS // 2, FEW_ROWS // 2 - 1):
+        trained(model, tokens_of(2, length))
+        counts.append(len(budget.scripts))
+    assert counts[0] == counts[1] < counts[2] < counts[3] and FEW_ROWS >= MOST_ROWS
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_compiled_layers_norms_that_start_alike_are_told_apart_or_left(trains):
+    from unsloth_ext.compiling.retrace import _norm_of
+
+    layer = model_of(layers=1, lora=False).requires_grad_(trains).model.layers[0]  # both norms' weights are ones
+    x = torch.randn(2, 48, 64)
+    frame = recompute.Frame("layer", x, None)
+    found = _norm_of(layer, frame, layer.post_attention_layernorm(x).detach())
+    assert found == (None if trains else ("input_layernorm", None))
+    torch.nn.init.normal_(layer.post_attention_layernorm.weight)
+    assert _norm_of(layer, frame, layer.post_attention_layernorm(x).detach()) == ("post_attention_layernorm", None)

@@ -7,8 +7,8 @@ of the two for all of its layers:
 
 - recorded, once a shape has come `SEEN` times; a recording costs a step, and holds the step's memory in a pool of its own. At
   most `SHAPES` shapes are recorded, the first that come often enough.
-- plain, for all other batches, packed ones (whose boundaries differ each time), forwards without gradients, with checkpointing,
-  and those that hand out what is in the pool.
+- plain, for all other batches, packed ones (whose boundaries differ each time), forwards without gradients, with checkpointing
+  or under a memory budget, and those that hand out what is in the pool.
 
 What leaves a recorded region lies in its pool until the next recorded forward begins, then its memory is used again. Two things
 live longer. Gradients: autograd keeps the region's own output as `.grad` where there was none, and with accumulation the next
@@ -18,6 +18,7 @@ it is handed out as a copy.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -43,7 +44,7 @@ class CudaGraphs:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._seen: Counter = Counter()
         self._recorded: set = set()
-        self._copied: dict[int, int] = {}  # id of a parameter -> address of the gradient that was copied out for it
+        self._copied: dict[int, weakref.ref] = {}  # id of a parameter -> the gradient that was copied out for it
         # Parameters are known to stay where they are; said of a 4-bit weight's scales too, they need not be copied in each time.
         self._marked = _scales(model) if mode else []
         for tensor in self._marked:
@@ -79,6 +80,10 @@ class CudaGraphs:
             return "hidden states handed out"
         if _checkpoints(self._stack):
             return "checkpointing"
+        if "_unsloth_ext_memory" in self._stack.__dict__:
+            return (
+                "memory budget"  # what it computes again lies elsewhere each time, and each time would be a recording
+            )
         if torch.cuda.is_current_stream_capturing():
             return "inside another recording"
         if self.mode == "auto":
@@ -109,7 +114,7 @@ class CudaGraphs:
         inside = [
             p
             for p in self._trained
-            if p.grad is not None and p.grad.is_cuda and self._copied.get(id(p)) != p.grad.data_ptr()
+            if p.grad is not None and p.grad.is_cuda and self._copied.get(id(p), _nothing)() is not p.grad
         ]
         if not inside:
             return
@@ -117,7 +122,11 @@ class CudaGraphs:
         torch._foreach_copy_(copies, [p.grad for p in inside])
         for p, copy in zip(inside, copies, strict=True):
             p.grad = copy
-            self._copied[id(p)] = copy.data_ptr()
+            self._copied[id(p)] = weakref.ref(copy)  # an address may come back, in the pool
+
+
+def _nothing() -> None:
+    return None
 
 
 def copied_out(output: Any) -> Any:

@@ -38,6 +38,7 @@ from .retrace import Outline, Part, Retrace, look, mlp_input, uncompiled
 
 _SEAT = "_unsloth_ext_memory"
 _SEARCHES = 3  # for each kind of layer
+FEW_ROWS = 256  # up to as many, a kernel is chosen by the count (nf4/matmul_table.py), and with it the order of a sum
 
 
 class UnsupportedModel(ValueError):
@@ -314,7 +315,8 @@ def settle(state: LayerState, layer, frame: Frame, level: Level, scripts: dict, 
     script = Script()
     if level.norms or inside:
         # Of this layer: in another one two norms that are equal here need not be.
-        key = (state.index, level.norms, plain is None, frame.signature, None if mlp is None else mlp.signature)
+        rows, inner = frame.batch * frame.sequence, None if mlp is None else mlp.signature
+        key = (state.index, level.norms, plain is None, frame.signature, inner, min(rows, FEW_ROWS + 1))
         script = scripts.get(key)
         if script is None or (not script.final and script.adapters != trained(state.mlp)):
             script = scripts[key] = _examined(state, layer, frame, plain, key)
@@ -416,6 +418,8 @@ def _examined(state: LayerState, layer, frame: Frame, plain, key: tuple) -> Scri
         return script
     except torch.OutOfMemoryError as error:  # what is not known is replayed or kept; the next batch may leave more room
         return Script(final=False, why=f"out of memory: {str(error)[:200]}")
+    except Exception as error:  # a layer of another make: a norm of another width, or one that takes more than a tensor
+        return Script(why=f"not examined: {type(error).__name__}: {str(error)[:200]}")
 
 
 def _values(part):

@@ -223,7 +223,7 @@ def examine(
         norms = norm_functions(layer) if wanted or goal else {}
         found: dict[
             int | None, list
-        ] = {}  # event, or None for the MLP's input -> (norm, event of its input), all that fit
+        ] = {}  # event, or None for the MLP's input -> (norm, event of its input, that input's value), all that fit
         for source, handle in [(None, frame.input), *wanted]:
             for name, norm in norms.items():
                 if pattern is not None and (name, source) not in (pattern.norm, *pattern.norms.values()):
@@ -233,25 +233,33 @@ def examine(
                     if pattern is not None and pattern.norms.get(index) != (name, source):
                         continue
                     if other.value is not handle.value and same(made, other.tensor()):
-                        found.setdefault(index, []).append((name, source))
+                        found.setdefault(index, []).append((name, source, handle.value))
                 if (
                     goal is not None
                     and (pattern is None or pattern.norm == (name, source))
                     and same(made, goal.tensor())
                 ):
-                    found.setdefault(None, []).append((name, source))
+                    found.setdefault(None, []).append((name, source, handle.value))
         for index, fits in found.items():
-            modules = {name.partition(",")[0] for name, _ in fits}
-            if len(modules) > 1 and any(p.requires_grad for name in modules for p in getattr(layer, name).parameters()):
-                continue  # equal today; training will part them
-            if index is None:
-                script.norm = fits[0]
-            else:
-                script.norms[index] = fits[0]
+            fit = lasting(layer, fits)
+            if fit is not None and index is None:
+                script.norm = fit
+            elif fit is not None:
+                script.norms[index] = fit
         _find_copies(script, frame, wanted, pattern)
         if inner is not None and mlp is not None:
             find_products(script, mlp, inner, pattern)
     return script
+
+
+def lasting(layer: torch.nn.Module, fits: list) -> tuple[str, int | None] | None:
+    """The (norm, event of its input) of all that fit, or None where they are equal today and training will part them: norms
+    that are trained and start alike, and inputs that differ by an attention whose output projection starts as zeros."""
+    modules = {name.partition(",")[0] for name, _, _ in fits}
+    trained_norms = any(p.requires_grad for name in modules for p in getattr(layer, name).parameters())
+    if not fits or len({value for _, _, value in fits}) > 1 or len(modules) > 1 and trained_norms:
+        return None
+    return fits[0][:2]
 
 
 def _find_copies(script: Script, frame: Frame, wanted: list, pattern: Script | None) -> None:
@@ -312,6 +320,8 @@ def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | 
                 made["act"] = mlp.act_fn(made["gate"])
                 made["product"] = made["act"] * made["up"]
                 found = _named(wide, made, part)
+        except torch.OutOfMemoryError:  # says nothing about the MLP
+            raise
         except (AttributeError, TypeError, RuntimeError) as error:
             script.why += f"{'fused' if fused else 'as modules'}: {type(error).__name__}: {str(error)[:200]}; "
             continue  # another kind of MLP

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from .recompute import Frame, Saved, Stop, Value, again
-from .recompute_recipes import Script, find_products, norm_functions, norm_recipe, view, whole
+from .recompute_recipes import Script, find_products, lasting, norm_functions, norm_recipe, view, whole
 
 MLP_INPUT = -1  # stands for the index of a saved tensor
 
@@ -113,12 +113,13 @@ def mlp_input(layer: torch.nn.Module, frame: Frame, script: Script) -> Saved | N
 
 def _norm_of(layer: torch.nn.Module, frame: Frame, wanted: torch.Tensor) -> tuple[str, int | None] | None:
     handles = [(None, frame.input)] + [(i, h) for i in range(len(frame.events)) if (h := whole(frame, i)) is not None]
+    fits = []
     for event, handle in handles:
         if handle.shape.numel() == wanted.numel() and handle.dtype == wanted.dtype:
             for name, norm in norm_functions(layer).items():
                 if alike(norm(handle.tensor().view(wanted.shape)), wanted):
-                    return name, event
-    return None
+                    fits.append((name, event, handle.value))
+    return lasting(layer, fits)
 
 
 def look(
