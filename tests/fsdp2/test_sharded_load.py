@@ -325,3 +325,24 @@ def test_a_row_of_the_embedding_can_be_set_before_sharding(ranks, checkpoints):
     expected[-2] = torch.arange(expected.shape[1])
     for found in ranks(2, _one_row, folder=str(checkpoints["nf4"])):
         assert torch.equal(found, expected)
+
+
+def _addresses(rank, world, folders):
+    from unsloth_ext.fsdp2 import load
+
+    found = []
+    for folder in folders:
+        model = load(
+            folder, dtype=torch.float32, quantization_config=None if "nf4" in folder else models.quantization()
+        )
+        ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        found.append([end.data_ptr() for end in ends] + [end.detach().data_ptr() for end in ends])
+    return found
+
+
+def test_weights_in_parts_have_addresses_that_tell_tied_from_untied(ranks, checkpoints):
+    """Unsloth ties an embedding and a head of one address: test_unsloth_parts.py runs that."""
+    folders = [str(checkpoints[kind]) for kind in ("nf4", "tied-16bit")]
+    for untied, tied in ranks(2, _addresses, folders=folders):
+        assert untied[0] != untied[1] and untied[:2] == untied[2:]
+        assert tied[0] == tied[1] and tied[:2] == tied[2:]

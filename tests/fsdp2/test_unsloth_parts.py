@@ -79,6 +79,7 @@ def _run(script, folder, output, processes, **environment):
     return json.loads(output.read_text()), done.stderr
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(find_spec("unsloth") is None, reason="needs Unsloth")
 def test_the_model_in_parts_is_the_whole_one(tmp_path, checkpoint):
     script = tmp_path / "script.py"
