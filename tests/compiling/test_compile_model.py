@@ -26,8 +26,9 @@ def fresh_compiler():
 
 STEPS = [  # family, scope, layers, 4-bit base, graphs at the most
     ("llama", "step", 2, True, 1),
-    ("gemma2", "step", 1, False, 1),
-    ("mistral", "block", 1, True, 2),  # batches beyond the sliding window have a mask
+    pytest.param("gemma2", "step", 1, False, 1, marks=pytest.mark.extended),
+    # Batches beyond the sliding window have a mask.
+    pytest.param("mistral", "block", 1, True, 2, marks=pytest.mark.extended),
     ("qwen2", "block", 1, False, 1),
     ("qwen3", "block", 3, False, 2),  # the first layer's input, from a frozen embedding, asks for no gradient
 ]

@@ -78,7 +78,9 @@ def test_resume_after_sigkill_repeats_the_same_steps(comparison, environment, un
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.extended)]
+)
 def test_an_interrupted_comparison_leaves_its_records_and_no_process(comparison, environment, tmp_path, number, code):
     words = ["train", "--compare", f"--output={tmp_path}", *JOB, "--steps=100000"]
     process = subprocess.Popen(
