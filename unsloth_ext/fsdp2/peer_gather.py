@@ -2,11 +2,11 @@
 
 A frozen shard never changes, so no rank has to take part when another reads it. On one host every rank maps the others' shards once
 (peer_memory.py); from then on a gather is a few copies, made by the card's copy engines beside the layer that runs. What a
-collective costs goes away with it: the multiprocessors that NCCL's kernels take from the matrix products, the copy into the
-collective's input and the one out of its output, those two buffers, and the wait of every rank for the slowest at every layer.
+collective costs for these bytes goes away with it: the multiprocessors that NCCL's kernels take from the matrix products, the copy
+into the collective's input and the one out of its output, and those two buffers.
 
-FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained. Per weight its all-gather carries a token
-of 16 bytes; its stream order does the rest:
+FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained: a small collective stays for each unit, in
+which the ranks wait for each other as before. Per weight it carries a token of 16 bytes; its stream order does the rest:
 
 * FSDP2 asks for a weight's input (`fsdp_pre_all_gather`) on its copy-in stream. There the unit's copies are queued, behind what
   the compute stream has been given so far: the memory may have been a freed tensor of that stream a moment ago.
