@@ -37,7 +37,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
-from . import peer_gather
+from . import peer_gather, switch
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
@@ -127,6 +127,8 @@ def shard(
     _initialise(model)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by
+    if hindrance and gather == "auto":
+        switch.say(f"4-bit weights are gathered by the collective, not by copies: {hindrance}.")
     if hindrance and gather == "copies":
         raise UsageError(f"gather='copies' is not possible: {hindrance}", "Leave it at 'auto'.")
     return model
@@ -259,9 +261,8 @@ def _gather_by(model, units, mesh, gather: str, offloaded: bool, timeout) -> str
         return None
     shards, seen = [], set()
     for module in (*units, model):  # the model: what no unit has
-        new = [
-            p for p in module.parameters() if id(p) not in seen
-        ]  # a shared one is gathered and freed with its first unit
+        # A shared one is gathered and freed with its first unit.
+        new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
     return peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
