@@ -46,6 +46,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CASES = {
     ("llama-3.1-8b", 2): "8b_x2",
     ("llama-3.1-70b", 4): "70b_x4",
+    ("llama-3.1-405b", 2): "405b",
     ("llama-3.1-405b", 4): "405b",
     ("llama-3.1-405b", 8): "405b",
 }
@@ -328,7 +329,8 @@ def claims(rows: list[dict], case: str, record) -> list[dict]:
         if done:
             layers = max(row.get("layers", 0) for row in done)
             trained = any(_finite(row) for row in done)
-            claim("405b.step", int(trained), "", ">= 1", f"read in slices, one step, {layers} layers")
+            ranks = max(row.get("ranks", 0) for row in done)
+            claim("405b.step", int(trained), "", ">= 1", f"read in slices by {ranks} ranks, one step, {layers} layers")
         return found
     if case == "70b_x4" and capped:
         said = f"each rank may allocate {best['cap_gib']} GiB; ours: {best['name']}"

@@ -16,6 +16,7 @@ import os
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -134,6 +135,9 @@ def parse():
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--limit", type=int, default=300, help="seconds a run")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="runs side by side on the same cards: losses need no quiet host"
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy model")
     parser.add_argument("--cpu", action="store_true", help="on gloo; with --tiny")
     for hidden in ("--worker", "--row", "--checkpoint", "--precision"):
@@ -173,29 +177,39 @@ def main() -> int:
         ]
         options += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
         options += [flag for flag, on in (("--tiny", args.tiny), ("--cpu", args.cpu)) if on]
-        wanted = [(kind, precision) for precision in args.precisions for kind in args.kinds]
-        for kind, precision in wanted:
-            found = {}
-            for side, ranks, switch in (("one card", 1, None), ("sharded", args.nproc, "1"), ("DDP", args.nproc, None)):
-                if side == "DDP" and precision == "float32":
-                    continue
-                name = f"{kind}-{precision}-{side.replace(' ', '-')}"
-                run = launch.run(
-                    str(Path(__file__)), ["--worker", kind, "--precision", precision, *options], folder / f"{name}.json", ranks,
-                    args.limit, cpu=args.cpu, log=f"fsdp2_loss_{name}", UNSLOTH_FSDP2=None, UNSLOTH_EXT_FSDP2=switch,
-                )  # fmt: skip
-                if isinstance(run, str) or len(run["losses"]) != args.steps:
-                    print(f"{name}: no figures: {run}", flush=True)
-                else:
-                    found[side] = run["losses"]
-            row = {"kind": kind, "precision": precision, "ranks": args.nproc, "unit": "nats", **found}
-            for side in ("sharded", "DDP"):
-                if "one card" in found and side in found:
-                    row[f"{side} from one card"] = launch.apart(found["one card"], found[side])
-            rows.append(row)
-            print({k: v for k, v in row.items() if k not in found}, flush=True)
-            if not args.tiny:
-                record.write("fsdp2_loss", rows, _claims(rows, record, args))
+        sides = {"one card": (1, None), "sharded": (args.nproc, "1"), "DDP": (args.nproc, None)}
+
+        def losses(kind, precision, side):
+            name, (ranks, switch) = f"{kind}-{precision}-{side.replace(' ', '-')}", sides[side]
+            run = launch.run(
+                str(Path(__file__)), ["--worker", kind, "--precision", precision, *options], folder / f"{name}.json", ranks,
+                args.limit, cpu=args.cpu, log=f"fsdp2_loss_{name}", UNSLOTH_FSDP2=None, UNSLOTH_EXT_FSDP2=switch,
+            )  # fmt: skip
+            if isinstance(run, str) or len(run["losses"]) != args.steps:
+                print(f"{name}: no figures: {run}", flush=True)
+                return None
+            return run["losses"]
+
+        with ThreadPoolExecutor(args.at_once) as pool:
+            wanted = {
+                (kind, precision): {
+                    side: pool.submit(losses, kind, precision, side)
+                    for side in sides
+                    if side != "DDP" or precision != "float32"
+                }
+                for precision in args.precisions
+                for kind in args.kinds
+            }
+            for (kind, precision), runs in wanted.items():
+                found = {side: run.result() for side, run in runs.items() if run.result() is not None}
+                row = {"kind": kind, "precision": precision, "ranks": args.nproc, "unit": "nats", **found}
+                for side in ("sharded", "DDP"):
+                    if "one card" in found and side in found:
+                        row[f"{side} from one card"] = launch.apart(found["one card"], found[side])
+                rows.append(row)
+                print({k: v for k, v in row.items() if k not in found}, flush=True)
+                if not args.tiny:
+                    record.write("fsdp2_loss", rows, _claims(rows, record, args))
     return 0 if all("sharded from one card" in row for row in rows) else 1
 
 
