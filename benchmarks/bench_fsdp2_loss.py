@@ -6,8 +6,10 @@
 A Llama-3.2-1B-shaped NF4 checkpoint with random weights, plain transformers, peft and trl, LoRA of rank 16, 20 steps of four rows of
 the standard library's sources. A row is a micro-batch everywhere, so that its forward has the same shapes on one card and on
 several. Adapters are kept in float32: trl would turn those of a 4-bit model to bfloat16, whose rounding hides what is compared here.
-Under bfloat16 autocast two orders of one sum end in different roundings, and runs drift apart by themselves: DDP, which shards
-nothing, says by how much, and the same runs in float32 say what is left without it.
+Without clipping the sum over ranks is one addition of what one card adds too, so every bit may stay. Clipping divides by
+a norm that is summed in another order over parts: its last bit may differ, one rounded bit in a weight changes all activations
+after it in bfloat16, and the runs part by what bfloat16 is worth. How much that is, one card says of itself: clipped at the
+next larger float32.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from pathlib import Path
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("sft", "dpo")
 ROWS = 4  # a step
+CLIPS = (0.0, 1.0)
+CONTROL = "one card at the next float"
 
 
 def pieces(count: int, characters: int) -> list[str]:
@@ -55,7 +59,7 @@ def train(kind: str, args) -> list[float]:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     world = int(os.environ.get("WORLD_SIZE", 1))
-    dtype = getattr(torch, args.precision)
+    dtype = torch.float32 if args.cpu else torch.bfloat16
     if args.cpu:
         tokenizer, place = byte_tokenizer(), "cpu"
     else:
@@ -74,7 +78,7 @@ def train(kind: str, args) -> list[float]:
     count, length = args.steps * ROWS, 32 if args.tiny else 512
     options = dict(
         output_dir=str(Path(args.row).with_suffix("")), max_steps=args.steps, per_device_train_batch_size=1,
-        gradient_accumulation_steps=ROWS // world, learning_rate=args.learning_rate, logging_steps=1, report_to="none", seed=7,
+        gradient_accumulation_steps=ROWS // world, learning_rate=args.learning_rate, max_grad_norm=args.clip, logging_steps=1, report_to="none", seed=7,
         save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=dtype == torch.bfloat16, use_cpu=args.cpu,
         max_length=length, lr_scheduler_type="linear", optim="adamw_torch",
     )  # fmt: skip
@@ -112,18 +116,19 @@ def work(args) -> None:
 
 def _claims(rows, record, args) -> list[dict]:
     """Of both trainers or of none."""
-    claims = []
-    for precision, name in (("bfloat16", "fsdp2.loss_difference"), ("float32", "fsdp2.loss_difference_float32")):
-        done = [row for row in rows if row["precision"] == precision and "sharded from one card" in row]
-        if len(done) == len(KINDS):
-            worst = round(max(row["sharded from one card"] for row in done), 6)
-            said = (
-                f"one card, {args.steps} steps of SFT and of DPO by trl's trainers in {precision}, {args.nproc} ranks"
-            )
-            if others := [row["DDP from one card"] for row in done if "DDP from one card" in row]:
-                said += f"; DDP's: {max(others):.6f}"
-            claims.append(record.claim(name, worst, "", "<= 0.001", said))
-    return claims
+    apart = {clip: [row for row in rows if row["clip"] == clip and "sharded from one card" in row] for clip in CLIPS}
+    free, clipped = ([row["sharded from one card"] for row in apart[clip]] for clip in (0.0, 1.0))
+    if len(free) < len(KINDS):
+        return []
+    said = (
+        f"one card, {args.steps} steps of SFT and of DPO by trl's trainers in bfloat16, not clipped, {args.nproc} ranks"
+    )
+    own = [row[f"{CONTROL} from one card"] for row in apart[1.0] if f"{CONTROL} from one card" in row]
+    if len(clipped) == len(own) == len(KINDS):
+        said += (
+            f"; clipped at 1: {max(clipped):.4f}, and one card from itself, clipped at the next float: {max(own):.4f}"
+        )
+    return [record.claim("fsdp2.loss_difference", round(max(free), 6), "", "<= 0.001", said)]
 
 
 def parse():
@@ -133,15 +138,18 @@ def parse():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--precisions", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--clips", nargs="+", type=float, choices=CLIPS, default=list(CLIPS), help="max_grad_norm; 0: none"
+    )
     parser.add_argument("--limit", type=int, default=300, help="seconds a run")
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side on the same cards: losses need no quiet host"
     )
     parser.add_argument("--tiny", action="store_true", help="a toy model")
     parser.add_argument("--cpu", action="store_true", help="on gloo; with --tiny")
-    for hidden in ("--worker", "--row", "--checkpoint", "--precision"):
+    for hidden in ("--worker", "--row", "--checkpoint"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--clip", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -177,12 +185,18 @@ def main() -> int:
         ]
         options += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
         options += [flag for flag, on in (("--tiny", args.tiny), ("--cpu", args.cpu)) if on]
-        sides = {"one card": (1, None), "sharded": (args.nproc, "1"), "DDP": (args.nproc, None)}
+        sides = {
+            "one card": (1, None),
+            "sharded": (args.nproc, "1"),
+            "DDP": (args.nproc, None),
+            CONTROL: (1, None),
+        }
 
-        def losses(kind, precision, side):
-            name, (ranks, switch) = f"{kind}-{precision}-{side.replace(' ', '-')}", sides[side]
+        def losses(kind, clip, side):
+            (ranks, switch), name = sides[side], f"{kind}-{clip:g}-{side.replace(' ', '-')}"
+            limit = 1.0000001192092896 if side == CONTROL else clip
             run = launch.run(
-                str(Path(__file__)), ["--worker", kind, "--precision", precision, *options], folder / f"{name}.json", ranks,
+                str(Path(__file__)), ["--worker", kind, "--clip", repr(limit), *options], folder / f"{name}.json", ranks,
                 args.limit, cpu=args.cpu, log=f"fsdp2_loss_{name}", UNSLOTH_FSDP2=None, UNSLOTH_EXT_FSDP2=switch,
             )  # fmt: skip
             if isinstance(run, str) or len(run["losses"]) != args.steps:
@@ -192,19 +206,19 @@ def main() -> int:
 
         with ThreadPoolExecutor(args.at_once) as pool:
             wanted = {
-                (kind, precision): {
-                    side: pool.submit(losses, kind, precision, side)
+                (kind, clip): {
+                    side: pool.submit(losses, kind, clip, side)
                     for side in sides
-                    if side != "DDP" or precision != "float32"
+                    if side in ("one card", "sharded") or clip
                 }
-                for precision in args.precisions
+                for clip in args.clips
                 for kind in args.kinds
             }
-            for (kind, precision), runs in wanted.items():
+            for (kind, clip), runs in wanted.items():
                 found = {side: run.result() for side, run in runs.items() if run.result() is not None}
-                row = {"kind": kind, "precision": precision, "ranks": args.nproc, "unit": "nats", **found}
-                for side in ("sharded", "DDP"):
-                    if "one card" in found and side in found:
+                row = {"kind": kind, "clip": clip, "ranks": args.nproc, "unit": "nats", **found}
+                for side in sides:
+                    if "one card" in found and side in found and side != "one card":
                         row[f"{side} from one card"] = launch.apart(found["one card"], found[side])
                 rows.append(row)
                 print({k: v for k, v in row.items() if k not in found}, flush=True)

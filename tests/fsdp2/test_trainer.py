@@ -28,6 +28,7 @@ def _run(rank, world, script, checkpoint, folder, settings=None, **changes):
             "checkpointing": trainer.model.get_base_model().is_gradient_checkpointing,
             "accelerate": str(trainer.accelerator.distributed_type),
         }
+        facts["together"] = any(trainer.optimizer.param_groups[0].get(way) for way in ("foreach", "fused"))
         if not facts["sharded_state"] and world > 1:
             facts["state"] = {k: v for k, v in facts["state"].items() if isinstance(v, torch.Tensor)}
         else:
@@ -85,7 +86,7 @@ def test_configurations_and_optimizers(ranks, checkpoints, tmp_path, one_process
         environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
                        "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # fmt: skip
     elif case == "residency":
-        settings = {"residency": "all", "sharded_load": False}
+        settings, changes = {"residency": "all", "sharded_load": False}, {"optim": "adamw_torch"}
     else:
         changes = {"optim": "adamw_bnb_8bit"}
     for losses, norms, facts in ranks(
@@ -94,6 +95,7 @@ def test_configurations_and_optimizers(ranks, checkpoints, tmp_path, one_process
     ):  # fmt: skip
         assert facts["ours"] and facts["accelerate"].endswith("MULTI_CPU")
         assert facts["checkpointing"] == (case == "fsdp2 dict")
+        assert facts["together"] or case == "8bit"  # torch would take DTensors one by one
         if case == "8bit":
             assert facts["type"].startswith("bitsandbytes") and not facts["sharded_state"]
             _close(

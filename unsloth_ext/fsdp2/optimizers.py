@@ -1,6 +1,6 @@
-"""bitsandbytes' optimizers on what a rank owns.
+"""Optimizers on what a rank owns: bitsandbytes' at all, torch's without a loop over DTensors.
 
-Their kernels read raw memory, and a sharded parameter is a DTensor, which has none of its own. `on_local_shards` gives the
+bitsandbytes' kernels read raw memory, and a sharded parameter is a DTensor, which has none of its own. `on_local_shards` gives the
 optimizer plain parameters that are this rank's memory, and hands it the gradients just before each step. An 8-bit state is
 quantised in blocks that begin with the shard, so its blocks differ from those on one device, as in any sharded run.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["on_local_shards"]
+__all__ = ["on_local_shards", "together"]
 
 
 def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -65,4 +65,17 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     optimizer.zero_grad = zero_grad
     optimizer.register_step_pre_hook(hand_over)
     optimizer.register_step_post_hook(take_back)
+    return optimizer
+
+
+def together(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let one of torch's optimizers take its DTensors together, where it was left to torch how.
+
+    For plain tensors torch's default is `foreach`; for DTensors it goes through them one by one, which costs the host 0.1 s a step
+    for the adapters of an 8B model. `fused=True`, transformers' default, is as fast and stays.
+    """
+    for group in optimizer.param_groups:
+        meshes = {getattr(parameter, "device_mesh", None) for parameter in group["params"]}
+        if len(meshes) == 1 and None not in meshes and group.get("foreach", True) is None and not group.get("fused"):
+            group["foreach"] = True
     return optimizer

@@ -6,7 +6,7 @@ and clips. What the Trainer must do otherwise with shards is little:
 
 * accelerate's `prepare_model` leaves a sharded model where it is, without DDP; a frozen reference model is sharded there too
 * micro-batches before the last of a step are not reduced: accelerate asks the model for `no_sync`, as it asks DDP
-* bitsandbytes' optimizers step on each rank's own part
+* bitsandbytes' optimizers step on each rank's own part, torch's on all parts at once
 * a float16 gradient scaler agrees over ranks whether a step overflowed
 * saving, resuming and loading the best model go through this package's checkpoints (trainer_saving.py)
 
@@ -31,7 +31,7 @@ from . import switch, trainer_config
 from .generation import serve_generation
 from .head_readers import serve_head_readers
 from .nf4_parameter import NF4Shard
-from .optimizers import on_local_shards
+from .optimizers import on_local_shards, together
 from .processes import default_mesh
 from .row_shard import RowShard
 from .sharding import accumulate, shard
@@ -233,6 +233,8 @@ def create_optimizer(original):
                     'Choose TrainingArguments(optim="adamw_torch").',
                 )
             on_local_shards(inner)
+        elif made and is_ours(self.model) and isinstance(inner, torch.optim.Optimizer):
+            together(inner)
         return optimizer
 
     return wrapped
