@@ -6,10 +6,10 @@
 A Llama-3.2-1B-shaped NF4 checkpoint with random weights, plain transformers, peft and trl, LoRA of rank 16, 20 steps of four rows of
 the standard library's sources. A row is a micro-batch everywhere, so that its forward has the same shapes on one card and on
 several. Adapters are kept in float32: trl would turn those of a 4-bit model to bfloat16, whose rounding hides what is compared here.
-Without clipping the sum over ranks is one addition of what one card adds too, so every bit may stay. Clipping divides by
-a norm that is summed in another order over parts: its last bit may differ, one rounded bit in a weight changes all activations
-after it in bfloat16, and the runs part by what bfloat16 is worth. How much that is, one card says of itself: clipped at the
-next larger float32.
+All run on deterministic kernels: attention's backward otherwise adds in whatever order its blocks end. Without clipping the sum over
+ranks is one addition of what one card adds too, so every bit may stay. Clipping divides by a norm that is summed in another order
+over parts: its last bit may differ, one rounded bit in a weight changes all activations after it in bfloat16, and the runs part
+by what bfloat16 is worth. How much that is, one card says of itself: clipped at the next larger float32.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def train(kind: str, args) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     world = int(os.environ.get("WORLD_SIZE", 1))
     dtype = torch.float32 if args.cpu else torch.bfloat16
     if args.cpu:
@@ -198,6 +200,7 @@ def main() -> int:
             run = launch.run(
                 str(Path(__file__)), ["--worker", kind, "--clip", repr(limit), *options], folder / f"{name}.json", ranks,
                 args.limit, cpu=args.cpu, log=f"fsdp2_loss_{name}", UNSLOTH_FSDP2=None, UNSLOTH_EXT_FSDP2=switch,
+                CUBLAS_WORKSPACE_CONFIG=":4096:8",
             )  # fmt: skip
             if isinstance(run, str) or len(run["losses"]) != args.steps:
                 print(f"{name}: no figures: {run}", flush=True)
