@@ -23,10 +23,10 @@ demo: setup ## a real QLoRA run, pristine Unsloth beside Unsloth + unsloth_ext, 
 	@$(PY) -m unsloth_ext train --compare
 
 test: setup lint ## everything: package, patches, upstream tests on both faces, a short run (13 minutes on 2 cores)
-	@$(ALONE) $(PY) -m pytest -n 2 --dist loadfile -m 'not extended' $(PYTEST)
+	@$(ALONE) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not extended' $(PYTEST)
 
 test-all: setup lint ## the same with the tests that take minutes each
-	@$(ALONE) $(PY) -m pytest -n 2 --dist loadfile $(PYTEST)
+	@$(ALONE) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 fuzz: setup ## the searching tests (parser, guard, NF4 states), on texts that no run has tried
 	@UNSLOTH_EXT_FUZZ=1 $(PY) -m pytest -n 2 --dist loadfile tests/tools tests/nf4 $(PYTEST)

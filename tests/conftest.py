@@ -61,6 +61,10 @@ def fuzz(request):
 def pytest_collection_modifyitems(items):
     import importlib.util
 
+    # Files with slow tests first: a file runs in one worker, and what begins last decides when all is done.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
     reason = None
     if importlib.util.find_spec("torch") is None:
         reason = "torch is not installed"

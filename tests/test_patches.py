@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from unsloth_ext.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_series_applies_to_the_pristine_wheels_and_exports_without_a_difference():
     assert main(["patches", "check"]) == 0
 

@@ -38,6 +38,7 @@ def gate(tmp_path, *options, torch_in=""):
     return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torch_in", TORCHES)
 def test_the_step_is_one_graph_for_batches_and_one_for_packings(tmp_path, torch_in):
     found, output = gate(tmp_path, torch_in=torch_in)

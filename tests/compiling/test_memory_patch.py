@@ -102,6 +102,7 @@ print("as without a budget")
 """
 
 
+@pytest.mark.slow
 @needs_unsloth
 def test_on_unsloths_fast_path(python):
     from pathlib import Path

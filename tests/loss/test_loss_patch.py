@@ -17,6 +17,7 @@ def _pytest(file):
     return code.format(str(file))
 
 
+@pytest.mark.slow
 def test_routes_and_repairs(python):
     done = python(_pytest(HERE / "loss_routes.py"), UNSLOTH_ALLOW_CPU="1", check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

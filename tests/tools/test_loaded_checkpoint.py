@@ -136,6 +136,7 @@ print("everything held")
 """
 
 
+@pytest.mark.slow
 def test_from_the_hub_to_an_export_and_back(python, llama3_tokenizer_folder, tmp_path):
     code = f"import sys; sys.argv = ['', {str(llama3_tokenizer_folder)!r}, {str(tmp_path / 'checkpoint')!r}]\n"
     assert "everything held" in python(code + SCRIPT).stdout
