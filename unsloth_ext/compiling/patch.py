@@ -3,8 +3,10 @@
 from importlib import import_module
 
 from ..patching import Patch, SetAttribute, Target
+from .attention_patch import PATCHES as ATTENTION_PATCHES
 from .memory_patch import PATCHES as MEMORY_PATCHES
 from .packed_patch import PATCHES as PACKED_PATCHES
+from .projections_patch import PATCHES as PROJECTIONS_PATCHES
 
 _LLAMA = "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
@@ -90,6 +92,8 @@ PATCHES = (
         relies_on=(Target(_LLAMA, "CausalLM_fast_forward", _SINCE, ("d390d906b0bcb354",)),),
         changes=_row_count,
     ),
+    *ATTENTION_PATCHES,
     *PACKED_PATCHES,
     *MEMORY_PATCHES,
+    *PROJECTIONS_PATCHES,
 )

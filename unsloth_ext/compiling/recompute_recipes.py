@@ -2,9 +2,9 @@
 
 The fused kernels of a fast path hand autograd tensors without names. For each new list of saved tensors (`Frame.signature`) the
 norms and the MLP of the layer are run once more on what went in, and every saved tensor that equals a product in all its bits
-gets that product's recipe. A projection may be summed in two orders, as a peft module does and as Unsloth's fused kernels do
-(`out.addmm_(XA, B, alpha=s)`); the right one is the one that gives the same bits. This costs one forward of a layer without
-attention, once.
+gets that product's recipe. A projection may be summed in three orders: as a peft module does, as Unsloth's fused kernels do
+(`out.addmm_(XA, B, alpha=s)`), and inside one product with LoRA's columns beside x's, as a compiled layer may (projections.py). The
+right one is the one that gives the same bits. This costs one forward of a layer without attention, or a few, once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from .recompute import Frame, Saved
 class Script:
     """norm: name of the norm that made the MLP's input and the event that holds the norm's input (None for the layer's input).
     norms: the same for the layer's own events.
-    products: event index -> name of the product ("gate", "up", "act", "product"), and how projections are summed; None where
-    some wide tensor is none of them: then the MLP is replayed. final: whether it need not be looked for again.
+    products: event index -> name of the product ("gate", "up", "act", "product"); None where some wide tensor is none of them: then
+    the MLP is replayed. fused: how projections are summed, "in place" or "columns"; "" for as modules. final: whether it need
+    not be looked for again.
     copies: event of the attention's output as the output projection reads it -> event as the attention's backward reads it.
     outline, mlp_input: of a compiled layer (retrace.py). why: what was not found, in words. adapters: `trained` when it was found."""
 
     norm: tuple[str, int | None] | None = None
     products: dict[int, str] | None = None
-    fused: bool = False
+    fused: str = ""
     final: bool = True
     norms: dict[int, tuple[str, int | None]] = field(default_factory=dict)
     copies: dict[int, int] = field(default_factory=dict)
@@ -112,6 +113,19 @@ def fused_projection(projection, tensor: torch.Tensor) -> torch.Tensor | None:
     return out.view(*tensor.shape[:-1], -1)
 
 
+def columns_projection(mlp: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    """Gate or up as one product with LoRA's columns beside the input's, in the layout that a compiled layer has for both."""
+    from .projections import gate_or_up, mlp_refusal
+
+    both = []
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        if (parts := lora_of(projection)) is None or parts[1] is None:
+            return None
+        base, a, b, scaling = parts
+        both.append((base.weight, getattr(base.weight, "quant_state", None), a, b, scaling))
+    return None if mlp_refusal(tensor, *both) else gate_or_up(name, tensor, *both)
+
+
 class Products:
     """The MLP's inner tensors, computed from its input when they are wanted. `gate`, `up`, `act` (of gate), `product`.
 
@@ -128,6 +142,8 @@ class Products:
     def make(self, name: str) -> torch.Tensor:
         if name in ("gate", "up"):
             projection, tensor = getattr(self.mlp, f"{name}_proj"), self.part.input.tensor()
+            if self.fused == "columns":
+                return columns_projection(self.mlp, name, tensor)
             if self.fused:
                 return fused_projection(projection, tensor)
             with (
@@ -310,11 +326,13 @@ def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | 
         for ref, _, shape in part.events
         if not _is_adapter(shape, adapters)
     )
-    orders = (False,) if as_modules else (True, False)
+    orders = ("",) if as_modules else ("in place", "columns", "")
     for fused in orders if pattern is None else (pattern.fused,):
         products, drawn = Products(mlp, part, Script(fused=fused)), _random_state(part)
         try:
             made = {name: products.make(name) for name in ("gate", "up")}
+            if any(one is None for one in made.values()):
+                continue  # nothing that can be summed like this
             found = _named(wide, made, part)
             if found.keys() != wide:  # an MLP that is not fused saves more
                 made["act"] = mlp.act_fn(made["gate"])
@@ -323,7 +341,7 @@ def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | 
         except torch.OutOfMemoryError:  # says nothing about the MLP
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
-            script.why += f"{'fused' if fused else 'as modules'}: {type(error).__name__}: {str(error)[:200]}; "
+            script.why += f"{fused or 'as modules'}: {type(error).__name__}: {str(error)[:200]}; "
             continue  # another kind of MLP
         if any(not torch.equal(a, b) for a, b in zip(drawn, _random_state(part), strict=True)):
             script.why += "its dropout draws; "
@@ -345,7 +363,7 @@ def _named(wide: set[int], made: dict[str, torch.Tensor], part) -> dict[int, str
     return found
 
 
-def _how_far(left: set[int], made: dict[str, torch.Tensor], part, fused: bool) -> str:
+def _how_far(left: set[int], made: dict[str, torch.Tensor], part, fused: str) -> str:
     """For the reader of a report: rounding in another place, or another thing altogether."""
     said = []
     for index in sorted(left):
@@ -357,7 +375,7 @@ def _how_far(left: set[int], made: dict[str, torch.Tensor], part, fused: bool) -
             n: (t.reshape(-1) != saved).float().mean().item() for n, t in made.items() if t.numel() == saved.numel()
         }
         said.append(f"{tuple(handle.shape)}: {', '.join(f'{v:.2%} unlike {n}' for n, v in shares.items())}")
-    return f"{'fused' if fused else 'as modules'}: {'; '.join(said)}; "
+    return f"{fused or 'as modules'}: {'; '.join(said)}; "
 
 
 def _is_adapter(shape, adapters) -> bool:

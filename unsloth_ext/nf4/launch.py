@@ -92,14 +92,15 @@ def hooks():
     return chains if all(hasattr(chain, "calls") for chain in chains) else None
 
 
-def direct(compiled):
+def direct(compiled, constants=None):
     """go(grid, stream, packed, absmax, code2, absmax2, offset, code, out, n) with addresses as integers, for a compiled kernel
-    on its own device; None where this Triton's launcher is not one that we know."""
+    on its own device; None where this Triton's launcher is not one that we know. constants: how many constexprs the kernel has."""
     convention = _CONVENTIONS.get(".".join(triton.__version__.split(".")[:2]))
     if convention is None or hooks() is None:
         return None
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or getattr(compiled.run, "gsan_enabled", False):
         return None
-    constants = len(dequantize_kernel.arg_names) - _RUNTIME_ARGUMENTS
+    if constants is None:
+        constants = len(dequantize_kernel.arg_names) - _RUNTIME_ARGUMENTS
     return convention(compiled.run, compiled.function, compiled.packed_metadata, constants)
