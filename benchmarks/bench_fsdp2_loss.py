@@ -6,10 +6,10 @@
 A Llama-3.2-1B-shaped NF4 checkpoint with random weights, plain transformers, peft and trl, LoRA of rank 16, 20 steps of four rows of
 the standard library's sources. A row is a micro-batch everywhere, so that its forward has the same shapes on one card and on
 several. Adapters are kept in float32: trl would turn those of a 4-bit model to bfloat16, whose rounding hides what is compared here.
-All run on deterministic kernels: attention's backward otherwise adds in whatever order its blocks end. Without clipping the sum over
-ranks is one addition of what one card adds too, so every bit may stay. Clipping divides by a norm that is summed in another order
-over parts: its last bit may differ, one rounded bit in a weight changes all activations after it in bfloat16, and the runs part
-by what bfloat16 is worth. How much that is, one card says of itself: clipped at the next larger float32.
+Without clipping the sum over ranks is one addition of what one card adds too, so every bit may stay. Clipping divides by a norm that
+is summed in another order over parts: its last bit may differ, one rounded bit in a weight changes all activations after it in
+bfloat16, and the runs part by what bfloat16 is worth. How much that is, one card says of itself: clipped at the next larger float32.
+`--attention eager` leaves out fused attention, whose backward may add in whatever order its blocks end.
 """
 
 import argparse
@@ -58,8 +58,6 @@ def train(kind: str, args) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     world = int(os.environ.get("WORLD_SIZE", 1))
     dtype = torch.float32 if args.cpu else torch.bfloat16
     if args.cpu:
@@ -69,7 +67,7 @@ def train(kind: str, args) -> list[float]:
         place = int(os.environ.get("LOCAL_RANK", 0))
         tokenizer.pad_token = tokenizer.pad_token or "<|finetune_right_pad_id|>"
     model = AutoModelForCausalLM.from_pretrained(
-        args.checkpoint, dtype=dtype, device_map={"": place}, attn_implementation="sdpa"
+        args.checkpoint, dtype=dtype, device_map={"": place}, attn_implementation=args.attention
     )
     torch.manual_seed(3407)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
@@ -143,6 +141,7 @@ def parse():
     parser.add_argument(
         "--clips", nargs="+", type=float, choices=CLIPS, default=list(CLIPS), help="max_grad_norm; 0: none"
     )
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' attention")
     parser.add_argument("--limit", type=int, default=300, help="seconds a run")
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side on the same cards: losses need no quiet host"
@@ -185,6 +184,7 @@ def main() -> int:
             "--learning-rate",
             str(args.learning_rate),
         ]
+        options += ["--attention", args.attention]
         options += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
         options += [flag for flag, on in (("--tiny", args.tiny), ("--cpu", args.cpu)) if on]
         sides = {
@@ -219,7 +219,14 @@ def main() -> int:
             }
             for (kind, clip), runs in wanted.items():
                 found = {side: run.result() for side, run in runs.items() if run.result() is not None}
-                row = {"kind": kind, "clip": clip, "ranks": args.nproc, "unit": "nats", **found}
+                row = {
+                    "kind": kind,
+                    "clip": clip,
+                    "attention": args.attention,
+                    "ranks": args.nproc,
+                    "unit": "nats",
+                    **found,
+                }
                 for side in sides:
                     if "one card" in found and side in found and side != "one card":
                         row[f"{side} from one card"] = launch.apart(found["one card"], found[side])
