@@ -37,12 +37,15 @@ PATCHES = (
         id="compiling.unpadded_attention",
         challenge="C",
         summary="rows whose length is a multiple of 128 already are not padded for cuDNN, but in graphs with symbolic lengths",
-        targets=(Target(_DISPATCH, "_cudnn_length_bucketed_sdpa", _SINCE, ("cc2726ab3996ddfe",)),),
+        targets=(
+            Target(
+                _DISPATCH, "_cudnn_length_bucketed_sdpa", _SINCE, ("cc2726ab3996ddfe",), patched=("668498a0e96aeef7",)
+            ),
+        ),
         relies_on=(
             Target(_DISPATCH, "_cudnn_length_bucket_applies", _SINCE, ("64291a1e00630380",)),
             Target(_DISPATCH, "scaled_dot_product_attention", _SINCE, ("253ad255a487f7a2",)),
         ),
         replace=_bucketed,
-        run_time_only="it goes upstream with the figures of a whole step",
     ),
 )
