@@ -21,6 +21,7 @@ if find_spec("bitsandbytes") is None:
 from projection_weights import exact, lora, mean_off, off, swiglu_backward, swiglu_forward
 
 from unsloth_ext.compiling import projections
+from unsloth_ext.compiling import projections_operators as operators
 from unsloth_ext.compiling.projections_patch import PATCHES, _linear, _mlp, _qkv, _side_by_side, _stand_in
 from unsloth_ext.nf4 import dequantize
 
@@ -37,8 +38,15 @@ def given_for(name, ranks, dtype, scalings=(2.0, 2.0, 2.0), **options):
     ]
 
 
+def swiglu(e, g):
+    """Asks for sizes as Unsloth's function does, which also stands for a product's constant last size."""
+    batch, length, width = e.shape
+    h = torch.empty((batch, length, width), dtype=e.dtype, device=e.device)
+    return h.copy_(swiglu_forward(e, g)) if e.numel() < 2**31 else None
+
+
 def function(name, given):
-    more = (swiglu_forward, swiglu_backward) if name == "MLP" else ()
+    more = (swiglu,) if name == "MLP" else ()
     return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection), *more)
 
 
@@ -81,7 +89,7 @@ def in_place(name, given, x, outer):
 @pytest.mark.parametrize(
     ("ranks", "scalings", "head"),
     [
-        ((8, 8, 8), (2.0, 2.0, 2.0), (2, 19)),
+        ((16, 16, 32), (2.0, 2.0, 2.0), (2, 19)),
         ((16, 8, 3), (0.7, 1.3, 4.0), (1, 37)),
         ((3, 3, 3), (1.0, 1.0, 1.0), (1, 5)),
     ],
@@ -117,7 +125,7 @@ def test_gate_and_up_are_found_again(ranks):
     given = given_for("MLP", (*ranks, 8), torch.bfloat16)
     x, seen = torch.randn(2, 19, H).to(torch.bfloat16), []
     more = lambda e, g: seen.extend((e, g)) or swiglu_forward(e, g)  # noqa: E731
-    projections.MLP.apply(x, *(one for projection in given for one in projection), more, swiglu_backward)
+    projections.MLP.apply(x, *(one for projection in given for one in projection), more)
     for name, tensor in zip(("gate", "up"), seen, strict=True):
         assert torch.equal(projections.gate_or_up(name, x, *given[:2]), tensor)
     with pytest.raises(ValueError, match=r"gate and up must be NF4 projections .*: the input is torch.float32"):
@@ -142,38 +150,114 @@ def test_one_graph_for_all_lengths(name):
         plain = results(function(name, given), x, given, outer)
         assert off(results(run, x, given, outer), [one.double() for one in plain]) < EPSILON[torch.bfloat16]
         made = made or counter.frame_count
+        leaves = [leaf for projection in given for leaf in projection[2:4]]
+        for leaf, grad in zip(leaves, torch.autograd.grad(run(x), leaves, outer), strict=True):
+            assert grad.is_contiguous() and grad.dtype == leaf.dtype  # nothing is left for autograd to copy
     assert counter.frame_count == made > 0
 
 
 @pytest.mark.extended
-def test_inductor_copies_nothing_together():
-    """What makes the gradients of gate and up writes them into the columns that the product reads, and so does what makes p."""
+@pytest.mark.parametrize("name", ["MLP", "QKV"])
+def test_inductor_copies_nothing_together(name):
+    """What makes the gradients writes them into the columns that the product reads, and p is written beside them in place."""
     from torch._inductor.utils import run_and_get_code
 
-    given = given_for("MLP", (8, 8, 8), torch.bfloat16)
+    given = given_for(name, (8, 8, 8), torch.bfloat16)
     x = torch.randn(2, 19, H).to(torch.bfloat16).requires_grad_()
+    torch._dynamo.mark_dynamic(x, 1)
     torch._dynamo.reset()
-    run = torch.compile(lambda x: function("MLP", given)(x * 1.5) + x, fullgraph=True, dynamic=True)
-    _, codes = run_and_get_code(lambda: run(x).sum().backward())
+    run = torch.compile(lambda x: function(name, given)(x * 1.5), fullgraph=True)
+
+    def both():
+        out = run(x)
+        torch.autograd.backward(out, [torch.ones_like(one) for one in out] if name == "QKV" else torch.ones_like(out))
+
+    _, codes = run_and_get_code(both)
     (backward,) = (code for code in codes if "nf4_stacked" in code)
-    columns = re.findall(r"add_product_\.default\(reinterpret_tensor\((buf\d+),", backward)
-    products = set(re.findall(r"extern_kernels\.mm\((buf\d+), buf\d+, out", backward))
-    assert len(columns) == 3 and len(set(columns)) == 2 and set(columns) <= products, backward
-    # A kernel for each of the two matrices' columns, one for the gradients' dtypes, and the zeros: nothing that copies.
-    wide = [line for line in backward.splitlines() if f"{2 * I} + " in line and "empty_strided" in line]
-    assert len(wide) <= 1, wide
+    found = re.findall(
+        r"copy_columns_\.default\(reinterpret_tensor\((buf\d+), \(.*?\), \((\d+), 1\), (\d+)\)", backward
+    )
+    ((wide, columns, first),) = found
+    assert int(first) == {"MLP": 2 * I, "QKV": H + 2 * KV}[name] == int(columns) - 64
+    assert re.search(
+        rf"extern_kernels\.mm\({wide}, buf\d+, out", backward
+    ), backward  # what p was written into is multiplied
+    made = [line for line in backward.splitlines() if "empty_strided" in line and f", {columns})" in line]
+    if name == "MLP":  # the operator allocates it
+        (dh,) = re.findall(r"swiglu_backward_\.default\((buf\d+),", backward)
+        assert re.search(rf"extern_kernels\.mm\([^;]*out={dh}\)", backward) and not made, backward
+    else:
+        assert len(made) == 1, backward
 
 
-def test_operators():
-    out, a, b = torch.randn(6, 20), torch.randn(6, 4), torch.randn(4, 8)
-    wanted = out.clone()
-    wanted[:, 8:16] = 0.5 * wanted[:, 8:16] + 3 * (a @ b)
-    projections.add_product_(out[:, 8:16], a, b, 3.0, 0.5)
-    torch.testing.assert_close(out, wanted)
-    torch.library.opcheck(torch.ops.unsloth_ext.add_product_.default, (out[:, 8:16], a, b, 3.0, 0.5))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_operators(dtype):
+    out, a, b = torch.randn(6, 20).to(dtype), torch.randn(6, 4).to(dtype), torch.randn(4, 8).to(dtype)
+    wanted = out.double()
+    wanted[:, 8:16] += 3 * (a.double() @ b.double())
+    operators.add_product_(out[:, 8:16], a, b, 3.0)
+    assert off([out], [wanted]) < 4 * torch.finfo(dtype).eps
+    torch.library.opcheck(torch.ops.unsloth_ext.add_product_.default, (out[:, 8:16], a, b, 3.0))
+    part = torch.randn(6, 3).to(dtype)
+    operators.copy_columns_(out[:, 2:5], part)
+    assert torch.equal(out[:, 2:5], part) and off([out[:, 5:]], [wanted[:, 5:]]) < 4 * torch.finfo(dtype).eps
+    torch.library.opcheck(torch.ops.unsloth_ext.copy_columns_.default, (out[:, 2:5], part))
     parts = [torch.randn(5, n) for n in (8, 32, 16)]
-    assert torch.equal(torch.ops.unsloth_ext.beside(parts), torch.cat(parts, 1))
+    assert torch.equal(operators.beside(parts), torch.cat(parts, 1))
     torch.library.opcheck(torch.ops.unsloth_ext.beside.default, (parts,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_swiglu_backward(dtype):
+    dh, e, g = (torch.randn(7, 96).to(dtype) for _ in range(3))
+    torch.library.opcheck(torch.ops.unsloth_ext.swiglu_backward_.default, (dh.clone(), e, g, 64))
+    h = dh.clone()
+    wide = operators.swiglu_backward_(h, e, g, 64)
+    for found, wanted in zip((h, wide[:, 96:192], wide[:, :96]), swiglu_backward(dh, e, g), strict=True):
+        assert torch.equal(found, wanted)
+    assert wide.shape == (7, 256) and not wide[:, 192:].any()
+
+
+INTERPRETED = """
+import torch
+from unsloth_ext.compiling.projections_kernel import swiglu_backward
+from unsloth_ext.compiling.projections_operators import swiglu_backward_
+for dtype, width in ((torch.float16, 1500), (torch.bfloat16, 96), (torch.float32, 1024)):
+    dh, e, g = (torch.randn(3, width).to(dtype) for _ in range(3))
+    h, wide = dh.clone(), torch.full((3, 2 * width + 64), 7.0, dtype=dtype)
+    swiglu_backward(h, e, g, wide)
+    wanted = swiglu_backward_(dh, e, g, 64)
+    near = 4 * torch.finfo(dtype).eps  # of sums and products: the last bit may differ
+    torch.testing.assert_close(h, dh, rtol=near, atol=near)
+    torch.testing.assert_close(wide[:, : 2 * width], wanted[:, : 2 * width], rtol=near, atol=near)
+    assert (wide[:, 2 * width :] == 7).all()
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernel_interpreted():
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), env.get("PYTHONPATH", ""))))
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter compiles nothing")
+def test_kernel_compiles_for_hopper():
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from unsloth_ext.compiling.projections_kernel import swiglu_backward_kernel
+
+    signature = dict.fromkeys(("dh_ptr", "e_ptr", "g_ptr", "wide_ptr"), "*bf16")
+    signature |= dict.fromkeys(("width", "pitch", "blocks"), "i32") | {"BLOCK": "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(6)}
+    source = triton.compiler.ASTSource(swiglu_backward_kernel, signature, {"BLOCK": 1024}, aligned)
+    assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    assert (
+        len(re.findall(r"ld\.global\S*\.v4", assembly)) == len(re.findall(r"st\.global\S*\.v4", assembly)) == 3
+    ), assembly
 
 
 def test_refusals():
@@ -214,7 +298,7 @@ def test_routes():
     flat = [one for projection in mlp for one in projection]
 
     route = _mlp(module)
-    assert route(x, *flat, *functions, True, None, None, None, None) == (projections.MLP, (x, *flat, *functions))
+    assert route(x, *flat, *functions, True, None, None, None, None) == (projections.MLP, (x, *flat, functions[0]))
     assert route(x, *flat, *functions) is not None
     assert route(x, *flat, gelu, functions[1], True, None, None, None, None) is None
     assert route(x, *flat, *functions, True, (0.1, 0.0, 0.0), None, None, None) is None
@@ -276,6 +360,8 @@ def test_on_the_installed_unsloth():
 def test_the_switch(monkeypatch):
     (patch,) = PATCHES
     monkeypatch.delenv("UNSLOTH_EXT_SIDE_BY_SIDE", raising=False)
+    assert patch.is_switched_off
+    monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "1")
     assert not patch.is_switched_off
     monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "0")
     assert patch.is_switched_off
@@ -283,7 +369,12 @@ def test_the_switch(monkeypatch):
 
 def on_unsloth(tmp_path, *parts):
     env = {name: value for name, value in os.environ.items() if not name.startswith("UNSLOTH")}
-    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "cache")}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_EXT_SIDE_BY_SIDE": "1",
+        "OMP_NUM_THREADS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "cache"),
+    }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), env.get("PYTHONPATH", ""))))
     command = [sys.executable, str(Path(__file__).with_name("projections_on_unsloth.py")), *parts]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -298,6 +389,7 @@ def exact_enough(found):
     assert found["ours"] < 8 * EPSILON[torch.float16] and found["ours"] < 2 * found["theirs"], found
 
 
+@pytest.mark.extended
 @needs_unsloth
 def test_beside_unsloths_mlp(tmp_path):
     exact_enough(on_unsloth(tmp_path, "LoRA_MLP")["LoRA_MLP"])

@@ -7,29 +7,31 @@ import torch
 from projection_weights import lora, mean_off, swiglu_backward, swiglu_forward
 
 from unsloth_ext.compiling import projections
+from unsloth_ext.compiling.projections_operators import swiglu_backward_
 from unsloth_ext.nf4 import dequantize
 
 pytestmark = pytest.mark.gpu
+CARD = "cuda"
 H, I, KV = 2048, 5632, 512  # noqa: E741
 SHAPES = {"Linear": ((H, H),), "QKV": ((H, H), (KV, H), (KV, H)), "MLP": ((I, H), (I, H), (H, I))}
 
 
 def on_card(projection):
     packed, state, a, b, scaling = projection
-    state.to("cuda")
-    return [packed.cuda(), state, *(t.detach().cuda().requires_grad_() for t in (a, b)), scaling]
+    state.to(CARD)
+    return [packed.to(CARD), state, *(t.detach().to(CARD).requires_grad_() for t in (a, b)), scaling]
 
 
 def case(name, dtype, ranks=(16, 16, 16), rows=(2, 515)):
     shapes = zip(SHAPES[name], ranks, strict=False)
     given = [on_card(lora(n, k, rank, dtype, dtype_of_lora=torch.float32)) for (n, k), rank in shapes]
-    x = torch.randn(*rows, H, device="cuda").to(dtype).requires_grad_()
+    x = torch.randn(*rows, H, device=CARD).to(dtype).requires_grad_()
     widths = {"Linear": (H,), "QKV": (H, KV, KV), "MLP": (H,)}[name]
-    return given, x, [torch.randn(*rows, width, device="cuda").to(dtype) for width in widths]
+    return given, x, [torch.randn(*rows, width, device=CARD).to(dtype) for width in widths]
 
 
 def run_of(name, given):
-    more = (swiglu_forward, swiglu_backward) if name == "MLP" else ()
+    more = (swiglu_forward,) if name == "MLP" else ()
     return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection), *more)
 
 
@@ -92,7 +94,7 @@ def test_gate_and_up_are_found_again_bit_for_bit():
     flat = [one for projection in given for one in projection]
     options = {"epilogue_fusion": True, "shape_padding": True}  # those of Unsloth's blocks
     torch.compile(
-        lambda x: projections.MLP.apply(x, *flat, swiglu, swiglu_backward),
+        lambda x: projections.MLP.apply(x, *flat, swiglu),
         fullgraph=True,
         dynamic=True,
         options=options,
@@ -109,9 +111,25 @@ def test_nothing_is_copied_together():
     run = torch.compile(lambda x: run_of("MLP", given)(x * 1.5) + x, fullgraph=True, dynamic=True)
     _, codes = run_and_get_code(lambda: run(x).backward(outer[0]))
     (backward,) = (code for code in codes if "nf4_stacked" in code)
-    columns = re.findall(r"add_product_\.default\(reinterpret_tensor\((buf\d+),", backward)
-    products = set(re.findall(r"extern_kernels\.mm\((buf\d+), buf\d+, out", backward))
-    assert len(columns) == 3 and len(set(columns)) == 2 and set(columns) <= products, backward
+    (wide,) = re.findall(r"copy_columns_\.default\(reinterpret_tensor\((buf\d+),", backward)
+    (dh,) = re.findall(r"swiglu_backward_\.default\((buf\d+),", backward)
+    assert re.search(rf"extern_kernels\.mm\({wide}, buf\d+, out", backward), backward
+    assert re.search(rf"extern_kernels\.mm\([^;]*out={dh}\)", backward), backward
+    assert f", {2 * I + 64})" not in "".join(
+        line for line in backward.splitlines() if "empty_strided" in line
+    ), backward
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(515, I), (3, 1000), (0, 64)])
+def test_swiglu_backward(dtype, rows, width):
+    dh, e, g = (torch.randn(rows, width, device=CARD).to(dtype) for _ in range(3))
+    h = dh.clone()
+    wide = swiglu_backward_(h, e, g, 64)
+    near = 4 * torch.finfo(dtype).eps
+    for found, wanted in zip((h, wide[:, width:-64], wide[:, :width]), swiglu_backward(dh, e, g), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=near, atol=near)
+    assert not wide[:, 2 * width :].any()
 
 
 def test_peak_memory():

@@ -5,9 +5,13 @@ projection after the other:
 
 * The input's gradient is one product, [dY_1 | dY_2 | p_1 | p_2] [W_1; W_2; A_1; A_2] with p = s dY B. The sum over the projections and
   over LoRA happens inside the product, in its accumulator, instead of by reading and writing the gradient again. The weights
-  are dequantised one under the other (`nf4_stacked`), the p are written into their columns by the product that makes them
-  (`add_product_`), and what makes the dY (the SwiGLU's backward) writes straight into its columns.
-* The gradients of the A of one input are one product, [p_1 | p_2]^T X.
+  are dequantised one under the other (`nf4_stacked`), and what makes the dY writes straight into its columns (`swiglu_backward_`; for
+  q, k and v Inductor's kernels). A single projection's dY would have to be copied, which for o costs what it spares (measured on an
+  H200), so `Linear` adds LoRA's part to the product; for down, whose product has a wide result, the copy is worth it.
+* The p of one input are one product, [dY_1 | dY_2] with the B in a block diagonal matrix, the gradients of its A another one,
+  X^T [p_1 | p_2], and those of its B a third, [x A_1^T | x A_2^T]^T [dY_1 | dY_2], of which the blocks on the diagonal are taken: each
+  of these reads the wide operand once. The narrow operands are matrices of their own, not columns of one whose rows are tens of KB
+  apart.
 * x A^T is kept from the forward, rank columns instead of the input's width that would have to be read once more.
 * In the forward gate and up are one product each, [x A^T | x] [s B | W]^T, on weights dequantised beside LoRA's (`nf4_augmented`). Their
   bits are therefore not those of a sum after the product; `gate_or_up` computes them again. The narrower projections would gain
@@ -23,40 +27,11 @@ import torch
 from ..nf4 import dequantization
 from ..nf4.augmented import nf4_augmented, nf4_stacked
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
+from .projections_operators import add_product_, beside, copy_columns_, swiglu_backward_
 
-__all__ = ["MLP", "QKV", "Linear", "add_product_", "gate_or_up", "mlp_refusal", "refusal"]
+__all__ = ["MLP", "QKV", "Linear", "gate_or_up", "mlp_refusal", "refusal"]
 
-_library = torch.library.Library("unsloth_ext", "FRAGMENT")
-_library.define(
-    "add_product_(Tensor(a!) out, Tensor a, Tensor b, float alpha, float beta) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define("beside(Tensor[] parts) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _add_product(out, a, b, alpha, beta) -> None:
-    out.addmm_(a, b, alpha=alpha, beta=beta)
-
-
-def _beside(parts):
-    # An operator, because Inductor would let torch.cat's parts be views of its result, and what is kept of them for the backward
-    # would keep all of it.
-    return torch.cat(parts, 1)
-
-
-for _key in ("CPU", "CUDA", "XPU"):
-    _library.impl("add_product_", _add_product, _key)
-    _library.impl("beside", _beside, _key)
-torch.library.register_fake("unsloth_ext::beside", _beside, lib=_library)
-torch.library.register_fake("unsloth_ext::add_product_", lambda out, a, b, alpha, beta: None, lib=_library)
-
-
-def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, beta: float = 1.0) -> None:
-    """out = beta out + alpha a b, in place in a graph too, where `out` may be columns of a larger matrix. Not differentiable.
-
-    Inductor makes a copy of what `Tensor.addmm_` writes to; an operator that declares it is run in place.
-    """
-    torch.ops.unsloth_ext.add_product_(out, a, b, alpha, beta)
+_COLUMNS = 64  # what stands beside the dY is a multiple of this wide: rows of 128-byte lines, where those of the dY are
 
 
 def refusal(x: torch.Tensor, *projections) -> str:
@@ -102,25 +77,31 @@ def mlp_refusal(x: torch.Tensor, gate, up) -> str:
     return ""
 
 
+# The forwards read no size of what they make (flatten, unflatten): with dynamic shapes, torch 2.11 fails on one that turns out to
+# be a constant (constant_outputs.py).
+
+
 class Linear(torch.autograd.Function):
     """x W^T + s (x A^T) B^T.  x: [..., K]; the weight packed, its state [N, K]; A [r, K], B [N, r].  Returns [..., N]."""
 
     @staticmethod
     def forward(ctx, x, packed, state, a, b, scaling):
-        y, low = _project(x.reshape(-1, x.shape[-1]), packed, state, a, b, scaling)
+        y, low = _project(x.flatten(0, -2), packed, state, a, b, scaling)
         ctx.weight = packed, state
         ctx.scaling = scaling
         ctx.save_for_backward(x, a, b, low)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
         x, a, b, low = ctx.saved_tensors
-        wide, spans = _side_by_side((dy.reshape(-1, dy.shape[-1]),), (b,), (ctx.scaling,))
-        dx = wide @ _stacked((ctx.weight,), (a,), x.dtype)
-        (da,) = _gradients_of_a(wide, spans, x.reshape(-1, x.shape[-1]))
-        db = _gradient_of_b(wide, spans[0], low, ctx.scaling)
-        return dx.view(x.shape), None, None, da, db, None
+        dy = dy.flatten(0, -2)
+        p = dy @ _block_diagonal((b,), (ctx.scaling,), dy.dtype)
+        dx = dy @ dequantization.traced(*ctx.weight, dtype=dy.dtype)
+        add_product_(dx, p[:, : a.shape[0]], a.to(dy.dtype), 1.0)
+        (da,) = _gradients_of_a(p, (a,), x.flatten(0, -2))
+        (db,) = _gradients_of_b(dy, low, (b,), (ctx.scaling,))
+        return dx.view_as(x), None, None, da, db, None
 
 
 class QKV(torch.autograd.Function):
@@ -130,73 +111,67 @@ class QKV(torch.autograd.Function):
     def forward(
         ctx, x, q_packed, q_state, q_a, q_b, q_scaling, k_packed, k_state, k_a, k_b, k_scaling, v_packed, v_state, v_a, v_b, v_scaling
     ):  # fmt: skip
-        flat, head = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        flat, head = x.flatten(0, -2), x.shape[:-1]
         q, q_low = _project(flat, q_packed, q_state, q_a, q_b, q_scaling)
         k, k_low = _project(flat, k_packed, k_state, k_a, k_b, k_scaling)
         v, v_low = _project(flat, v_packed, v_state, v_a, v_b, v_scaling)
         ctx.weights = (q_packed, q_state), (k_packed, k_state), (v_packed, v_state)
         ctx.scalings = q_scaling, k_scaling, v_scaling
         ctx.save_for_backward(x, q_a, q_b, k_a, k_b, v_a, v_b, q_low, k_low, v_low)
-        return q.view(*head, q.shape[-1]), k.view(*head, k.shape[-1]), v.view(*head, v.shape[-1])
+        return q.unflatten(0, head), k.unflatten(0, head), v.unflatten(0, head)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
         x, q_a, q_b, k_a, k_b, v_a, v_b, q_low, k_low, v_low = ctx.saved_tensors
-        gradients = tuple(d.reshape(-1, d.shape[-1]) for d in (dq, dk, dv))
-        wide, spans = _side_by_side(gradients, (q_b, k_b, v_b), ctx.scalings)
-        dx = wide @ _stacked(ctx.weights, (q_a, k_a, v_a), x.dtype)
-        dq_a, dk_a, dv_a = _gradients_of_a(wide, spans, x.reshape(-1, x.shape[-1]))
-        dq_b, dk_b, dv_b = (
-            _gradient_of_b(wide, span, low, scaling)
-            for span, low, scaling in zip(spans, (q_low, k_low, v_low), ctx.scalings, strict=True)
-        )
-        return (dx.view(x.shape), None, None, dq_a, dq_b, None, None, None, dk_a, dk_b, None, None, None, dv_a, dv_b, None)  # fmt: skip
+        a_s, b_s = (q_a, k_a, v_a), (q_b, k_b, v_b)
+        wide, dy, p = _side_by_side((dq.flatten(0, -2), dk.flatten(0, -2), dv.flatten(0, -2)), b_s, ctx.scalings)
+        dx = wide @ _stacked(ctx.weights, a_s, x.dtype)
+        dq_a, dk_a, dv_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
+        dq_b, dk_b, dv_b = _gradients_of_b(dy, torch.cat([q_low, k_low, v_low], 1), b_s, ctx.scalings)
+        return (dx.view_as(x), None, None, dq_a, dq_b, None, None, None, dk_a, dk_b, None, None, None, dv_a, dv_b, None)  # fmt: skip
 
 
 class MLP(torch.autograd.Function):
-    """down(f(gate(x), up(x))), each projection as `Linear`, with the activation's two functions given:
-
-    forward(e, g) -> h for e = gate(x) and g = up(x), all [..., I].
-    backward(dh, e, g) -> (h, dg, de), all [T, I]; what it was given may be overwritten.
-    """
+    """down(silu(gate(x)) up(x)), each projection as `Linear`.  forward_function(e, g): silu(e) g, all [..., I]; its backward is here."""
 
     @staticmethod
     def forward(
         ctx, x, gate_packed, gate_state, gate_a, gate_b, gate_scaling, up_packed, up_state, up_a, up_b, up_scaling,
-        down_packed, down_state, down_a, down_b, down_scaling, forward_function, backward_function,
+        down_packed, down_state, down_a, down_b, down_scaling, forward_function,
     ):  # fmt: skip
-        flat, head = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        flat, head = x.flatten(0, -2), x.shape[:-1]
         low = _low(flat, gate_a, up_a)
         wide = _columns(flat, low, gate_a, up_a)
-        e = _gate(wide, gate_packed, gate_state, gate_b, gate_scaling)
-        g = _up(wide, up_packed, up_state, up_b, up_scaling)
-        e, g = e.view(*head, e.shape[-1]), g.view(*head, g.shape[-1])
+        e = _gate(wide, gate_packed, gate_state, gate_b, gate_scaling).unflatten(0, head)
+        g = _up(wide, up_packed, up_state, up_b, up_scaling).unflatten(0, head)
         h = forward_function(e, g)
-        y, down_low = _project(h.reshape(-1, h.shape[-1]), down_packed, down_state, down_a, down_b, down_scaling)
+        y, down_low = _project(h.flatten(0, -2), down_packed, down_state, down_a, down_b, down_scaling)
         ctx.weights = (gate_packed, gate_state), (up_packed, up_state), (down_packed, down_state)
         ctx.scalings = gate_scaling, up_scaling, down_scaling
-        ctx.backward_function = backward_function
         ctx.save_for_backward(x, gate_a, gate_b, up_a, up_b, down_a, down_b, e, g, low, down_low)
-        return y.view(*head, y.shape[-1])
+        return y.unflatten(0, head)
 
     @staticmethod
     def backward(ctx, dy):
         x, gate_a, gate_b, up_a, up_b, down_a, down_b, e, g, low, down_low = ctx.saved_tensors
         gate_weight, up_weight, down_weight = ctx.weights
         gate_scaling, up_scaling, down_scaling = ctx.scalings
-        wide, spans = _side_by_side((dy.reshape(-1, dy.shape[-1]),), (down_b,), (down_scaling,))
-        dh = wide @ _stacked((down_weight,), (down_a,), x.dtype)
-        h, dg, de = ctx.backward_function(dh, e.reshape(-1, e.shape[-1]), g.reshape(-1, g.shape[-1]))
-        (ddown_a,) = _gradients_of_a(wide, spans, h)
-        ddown_b = _gradient_of_b(wide, spans[0], down_low, down_scaling)
-        wide, spans = _side_by_side((de, dg), (gate_b, up_b), (gate_scaling, up_scaling))
-        dgate_a, dup_a = _gradients_of_a(wide, spans, x.reshape(-1, x.shape[-1]))
-        dgate_b = _gradient_of_b(wide, spans[0], low[:, : gate_a.shape[0]], gate_scaling)
-        dup_b = _gradient_of_b(wide, spans[1], low[:, gate_a.shape[0] :], up_scaling)
-        dx = wide @ _stacked((gate_weight, up_weight), (gate_a, up_a), x.dtype)
+        dy = dy.flatten(0, -2)
+        p = dy @ _block_diagonal((down_b,), (down_scaling,), dy.dtype)
+        # dY is copied beside p: a tenth of reading and writing dh again.
+        dh = beside([dy, p, p.new_zeros(p.shape[0], -p.shape[1] % _COLUMNS)])
+        dh = dh @ _stacked((down_weight,), (down_a,), x.dtype)
+        (ddown_b,) = _gradients_of_b(dy, down_low, (down_b,), (down_scaling,))
+        a_s, b_s, scalings = (gate_a, up_a), (gate_b, up_b), (gate_scaling, up_scaling)
+        wide = swiglu_backward_(dh, e.flatten(0, -2), g.flatten(0, -2), _columns_of(b_s))
+        (ddown_a,) = _gradients_of_a(p, (down_a,), dh)  # dh is h now
+        dy, p = _add_columns(wide, b_s, scalings)
+        dgate_a, dup_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
+        dgate_b, dup_b = _gradients_of_b(dy, low, b_s, scalings)
+        dx = wide @ _stacked((gate_weight, up_weight), a_s, x.dtype)
         return (
-            dx.view(x.shape), None, None, dgate_a, dgate_b, None, None, None, dup_a, dup_b, None,
-            None, None, ddown_a, ddown_b, None, None, None,
+            dx.view_as(x), None, None, dgate_a, dgate_b, None, None, None, dup_a, dup_b, None,
+            None, None, ddown_a, ddown_b, None, None,
         )  # fmt: skip
 
 
@@ -215,11 +190,11 @@ def gate_or_up(name: str, x: torch.Tensor, gate, up) -> torch.Tensor:
     """
     if why := mlp_refusal(x, gate, up):
         raise ValueError(f"gate and up must be NF4 projections with LoRA that go side by side: {why}")
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2)
     wide = _columns(flat, _low(flat, gate[2], up[2]), gate[2], up[2])
     one = {"gate": _gate, "up": _up}[name]
     packed, state, _, b, scaling = gate if name == "gate" else up
-    return one(wide, packed, state, b, scaling).view(*x.shape[:-1], b.shape[0])
+    return one(wide, packed, state, b, scaling).unflatten(0, x.shape[:-1])
 
 
 def _low(x, gate_a, up_a):
@@ -232,7 +207,7 @@ def _columns(x, low, gate_a, up_a):
     gate_rank, up_rank = gate_a.shape[0], up_a.shape[0]
     left = torch.nn.functional.pad(low[:, :gate_rank], (0, _padding([gate_rank])))
     right = torch.nn.functional.pad(low[:, gate_rank:], (0, _padding([up_rank])))
-    return torch.ops.unsloth_ext.beside([left.contiguous(), x, right.contiguous()])  # contiguous: cat's faster kernels
+    return beside([left.contiguous(), x, right.contiguous()])  # contiguous: cat's faster kernels
 
 
 def _gate(wide, packed, state, b, scaling):
@@ -250,40 +225,61 @@ def _scaled(b, scaling):
     return torch.nn.functional.pad(b.float() * scaling, (0, _padding([b.shape[1]])))
 
 
-def _side_by_side(gradients, bs, scalings):
-    """[dY_1 | dY_2 | ... | p_1 | p_2 | ... | zeros], p = s dY B, and where each is: ((first, end) of dY, (first, end) of p) of each."""
-    rows, dtype = gradients[0].shape[0], gradients[0].dtype
-    ranks = [b.shape[1] for b in bs]
-    # The zeros, which the products fill, keep the columns a multiple of 8: rows that begin at 16 bytes.
-    wide = torch.cat([*gradients, gradients[0].new_zeros(rows, sum(ranks) + _padding(ranks))], 1)
-    spans, at, low = [], 0, sum(d.shape[1] for d in gradients)
-    for d, rank in zip(gradients, ranks, strict=True):
-        spans.append(((at, at + d.shape[1]), (low, low + rank)))
-        at, low = at + d.shape[1], low + rank
-    for (columns, own), b, scaling in zip(spans, bs, scalings, strict=True):
-        add_product_(wide[:, own[0] : own[1]], wide[:, columns[0] : columns[1]], b.to(dtype), scaling, 0.0)
-    return wide, spans
+def _side_by_side(gradients, b_s, scalings):
+    """[dY_1 | dY_2 | ... | p_1 | p_2 | ... | zeros] with p = s dY B, and what `_add_columns` gives."""
+    zeros = gradients[0].new_zeros(gradients[0].shape[0], _columns_of(b_s))
+    wide = torch.cat([*gradients, zeros], 1)  # what makes the gradients writes them into it
+    return wide, *_add_columns(wide, b_s, scalings)
+
+
+def _add_columns(wide, b_s, scalings):
+    """Write the p of [dY_1 | dY_2 | ... | zeros] to where the zeros begin. Returns the columns that hold the dY, and the p as a matrix of
+    their own."""
+    dy = wide[:, : wide.shape[1] - _columns_of(b_s)]
+    p = dy @ _block_diagonal(b_s, scalings, wide.dtype)
+    copy_columns_(wide[:, dy.shape[1] : dy.shape[1] + p.shape[1]], p)
+    return dy, p
+
+
+def _columns_of(b_s) -> int:
+    rank = sum(b.shape[1] for b in b_s)
+    return rank + -rank % _COLUMNS
+
+
+def _block_diagonal(b_s, scalings, dtype):
+    """The s B on the diagonal, each rounded once: [sum of N, sum of ranks and zero columns to a multiple of 8]."""
+    width, at, rows = sum(b.shape[1] for b in b_s), 0, []
+    width += _padding([width])
+    for b, scaling in zip(b_s, scalings, strict=True):
+        rows.append(torch.nn.functional.pad((b.float() * scaling).to(dtype), (at, width - at - b.shape[1])))
+        at += b.shape[1]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
 def _stacked(weights, a_s, dtype):
-    """[W_1; W_2; ...; A_1; A_2; ...; zeros], as many rows as `_side_by_side` has columns."""
-    padding = _padding([a.shape[0] for a in a_s])
-    extra = [*a_s, a_s[0].new_zeros(padding, a_s[0].shape[1])] if padding else a_s
-    return nf4_stacked(weights, extra, dtype)
+    """[W_1; W_2; ...; A_1; A_2; ...; zeros], as many rows as there are columns side by side."""
+    rank = sum(a.shape[0] for a in a_s)
+    return nf4_stacked(weights, [*a_s, a_s[0].new_zeros(-rank % _COLUMNS, a_s[0].shape[1])], dtype)
 
 
 def _padding(ranks) -> int:
     return -sum(ranks) % 8
 
 
-def _gradients_of_a(wide, spans, x):
-    """[r, K] of each: rows of one product."""
-    first, end = spans[0][1][0], spans[-1][1][1]
-    return (wide[:, first:end].t() @ x).split([own[1] - own[0] for _, own in spans])
+def _gradients_of_a(p, a_s, x):
+    """(s dY B)^T x, [r, K] of each, laid out as A is: autograd would copy it once more."""
+    product, found, row = x.t() @ p, [], 0
+    for a in a_s:
+        found.append(product[:, row : row + a.shape[0]].t().to(a.dtype).contiguous())
+        row += a.shape[0]
+    return found
 
 
-def _gradient_of_b(wide, span, low, scaling):
-    """s dY^T (x A^T): [N, r]."""
-    (first, end), _ = span
-    d = low.new_empty(end - first, low.shape[1])
-    return d.addmm_(wide[:, first:end].t(), low, alpha=scaling, beta=0)
+def _gradients_of_b(dy, low, b_s, scalings):
+    """s dY^T (x A^T), [N, r] of each; dy and low hold the columns of all."""
+    product, found, column, row = low.t() @ dy, [], 0, 0
+    for b, scaling in zip(b_s, scalings, strict=True):
+        (n, rank) = b.shape
+        found.append((product[row : row + rank, column : column + n].t().float() * scaling).to(b.dtype).contiguous())
+        row, column = row + rank, column + n
+    return found

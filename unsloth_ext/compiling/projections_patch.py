@@ -52,7 +52,7 @@ def _mlp(module):
             return None
         if refusal(x.new_empty(1, given[3].shape[0]), given[10:]):  # down reads what gate makes
             return None
-        return MLP, (x, *given, forward_function, backward_function)
+        return MLP, (x, *given, forward_function)
 
     return route
 
@@ -104,6 +104,5 @@ PATCHES = (
         changes=_side_by_side,
         run_time_only="it goes upstream when it has been measured on a card",
         switch="UNSLOTH_EXT_SIDE_BY_SIDE",
-        on_unless_switched_off=True,
     ),
 )
