@@ -330,8 +330,15 @@ def claims(rows: list[dict], case: str, record) -> list[dict]:
         if done:
             layers = max(row.get("layers", 0) for row in done)
             trained = any(_finite(row) for row in done)
-            ranks = max(row.get("ranks", 0) for row in done)
-            claim("405b.step", int(trained), "", ">= 1", f"read in slices by {ranks} ranks, one step, {layers} layers")
+            ranks, distinct = (max(row.get(name) or 0 for row in done) for name in ("ranks", "distinct_layers"))
+            repeated = f", the weights of {distinct} in turn" if distinct < layers else ""
+            claim(
+                "405b.step",
+                int(trained),
+                "",
+                ">= 1",
+                f"read in slices by {ranks} ranks, one step, {layers} layers{repeated}",
+            )
         return found
     if case == "70b_x4" and capped:
         said = f"each rank may allocate {best['cap_gib']} GiB; ours: {best['name']}"

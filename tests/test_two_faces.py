@@ -80,7 +80,7 @@ def pristine(tmp_path_factory):
     return outcomes(tmp_path_factory.mktemp("pristine"), FILES)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_every_upstream_test_file_fails_on_pristine_unsloth(pristine):
     for file in FILES:
         here = {name: what for name, what in pristine.items() if name.startswith(f"{file.stem}::")}

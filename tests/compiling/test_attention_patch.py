@@ -1,6 +1,7 @@
 """Unsloth's causal attention for cuDNN, which pads no length that is a multiple of its bucket: calls, values, gradients, graphs."""
 
 import json
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 SCRIPT = """
 import compile_fake_card as card
-import json, random, torch, unsloth_ext
+import json, torch, unsloth_ext
 from unsloth.utils import attention_dispatch as dispatch
 
 found = {"state": {s.id: s.state for s in unsloth_ext.status()}["compiling.unpadded_attention"]}
@@ -49,7 +50,7 @@ def traced(lengths, dynamic):
     return list(graphs)
 
 
-several = (130, 256, 512, 128, *random.sample(range(2, 700), 4))
+several = (130, 256, 512, 128, *OTHERS)
 found["dynamic"], found["fixed"] = traced(several, True), traced((256, 200), False)
 found["first fixed, then not"] = traced((256, 256, 200, 512, 77), None)
 
@@ -92,7 +93,8 @@ print("FOUND" + json.dumps(found))
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="traces for a card that is not there")
 def test_only_lengths_that_need_it_are_padded(python):
-    process = python(SCRIPT, path=(Path(__file__).parent, Path(__file__).parents[2]), UNSLOTH_ALLOW_CPU="1")
+    script = SCRIPT.replace("OTHERS", repr(random.sample(range(2, 700), 4)))
+    process = python(script, path=(Path(__file__).parent, Path(__file__).parents[2]), UNSLOTH_ALLOW_CPU="1")
     found = json.loads(process.stdout.rpartition("FOUND")[2])
     assert found["state"] == "applied"
     assert found["dynamic"] == [3]  # one graph for all lengths, which pads query, key and value

@@ -78,13 +78,14 @@ def _resumed(rank, world, folder, checkpoint, data, optim, alone=False):
         {"params": [p for n, p in trained if "norm" in n], "weight_decay": 0.0},
     ]
     if optim == "adamw_torch":
-        optimizer = torch.optim.AdamW(groups, lr=1.0)
+        optimizer = torch.optim.AdamW(groups, lr=1.0, foreach=True)
     else:
         import bitsandbytes as bnb
 
         optimizer = on_local_shards(bnb.optim.AdamW8bit(groups, lr=1.0))
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, STEPS)
     extra = load_checkpoint(checkpoint, model, optimizer, scheduler)
+    assert all(group.get("foreach", True) for group in optimizer.param_groups)  # not as it was saved: None
     if "8bit" in optim:
         assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
     losses = []

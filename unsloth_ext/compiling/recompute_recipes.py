@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -326,7 +327,9 @@ def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | 
         for ref, _, shape in part.events
         if not _is_adapter(shape, adapters)
     )
-    orders = ("",) if as_modules else ("in place", "columns", "")
+    # A compiled layer can only have summed by columns where the functions that do are there.
+    columns = ("columns",) if f"{__package__}.projections" in sys.modules else ()
+    orders = ("",) if as_modules else ("in place", *columns, "")
     for fused in orders if pattern is None else (pattern.fused,):
         products, drawn = Products(mlp, part, Script(fused=fused)), _random_state(part)
         try:
@@ -340,7 +343,7 @@ def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | 
                 found = _named(wide, made, part)
         except torch.OutOfMemoryError:  # says nothing about the MLP
             raise
-        except (AttributeError, TypeError, RuntimeError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             script.why += f"{fused or 'as modules'}: {type(error).__name__}: {str(error)[:200]}; "
             continue  # another kind of MLP
         if any(not torch.equal(a, b) for a, b in zip(drawn, _random_state(part), strict=True)):

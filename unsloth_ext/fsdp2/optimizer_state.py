@@ -304,7 +304,8 @@ def install(facts: dict, filled: dict[str, torch.Tensor], model: nn.Module, opti
     saved = iter([group for group in facts["groups"] if group["names"]])
     for group, members in zip(optimizer.param_groups, found, strict=True):
         if members:
-            group.update(next(saved)["options"])
+            options = next(saved)["options"]  # but for how the steps are computed, which is this optimizer's own matter
+            group.update({name: value for name, value in options.items() if name not in ("foreach", "fused")})
     optimizer.state.clear()
     if in_pieces(optimizer) and not optimizer.initialized:
         optimizer.check_overrides()

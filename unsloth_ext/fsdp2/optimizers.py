@@ -71,11 +71,12 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def together(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let one of torch's optimizers take its DTensors together, where it was left to torch how.
 
-    For plain tensors torch's default is `foreach`; for DTensors it goes through them one by one, which costs the host 0.1 s a step
-    for the adapters of an 8B model. `fused=True`, transformers' default, is as fast and stays.
+    For plain tensors on a card torch's default is `foreach`; it goes through DTensors one by one, which costs the host 0.1 s a step for
+    the adapters of an 8B model. `fused=True`, transformers' default, is as fast and stays.
     """
     for group in optimizer.param_groups:
         meshes = {getattr(parameter, "device_mesh", None) for parameter in group["params"]}
-        if len(meshes) == 1 and None not in meshes and group.get("foreach", True) is None and not group.get("fused"):
+        chosen = group.get("foreach", True) is not None or group.get("fused") or group.get("differentiable")
+        if len(meshes) == 1 and None not in meshes and not chosen:
             group["foreach"] = True
     return optimizer
