@@ -17,7 +17,13 @@ FAMILIES = {
 SHORT = [("interleaved-1f1b", 2)]
 if Version(torch.__version__).release >= (2, 13):
     SHORT.append(("zbv", 2))
-SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 3), ("interleaved-zero-bubble", 2), *SHORT]
+SCHEDULES = [
+    pytest.param("gpipe", 1, marks=pytest.mark.extended),
+    ("1f1b", 1),
+    ("interleaved-1f1b", 3),
+    ("interleaved-zero-bubble", 2),
+    *SHORT,
+]
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,11 @@ def test_on_as_many_ranks_it_is_the_uninterrupted_run_bit_for_bit(
             assert torch.equal(weight, same[name]), name
 
 
-OTHERS = [("adamw", 2, (4, 1)), ("adamw8bit", 1, (2,)), ("adamw8bit", 4, (2, 1))]
+OTHERS = [
+    ("adamw", 2, (4, 1)),
+    ("adamw8bit", 1, (2,)),
+    pytest.param("adamw8bit", 4, (2, 1), marks=pytest.mark.extended),
+]
 
 
 @pytest.mark.parametrize("kind, before, afters", OTHERS)

@@ -36,7 +36,7 @@ def test_the_patches_fit_older_releases(release):
         assert states[f"loss.{name}"] == "skipped"
 
 
-@pytest.mark.parametrize("release", ["2026.9.9", "2026.10.8"])
+@pytest.mark.parametrize("release", ["2026.9.9", pytest.param("2026.10.8", marks=pytest.mark.extended)])
 def test_older_functions_are_routed(release, python):
     tree = str(_tree(release) / "unsloth_zoo")
     python(_pytest(HERE / "loss_routes_older.py"), UNSLOTH_EXT_TEST_TREE=tree, UNSLOTH_COMPILE_DISABLE="1")
