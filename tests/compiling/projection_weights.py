@@ -28,6 +28,18 @@ def swiglu_backward(dh, e, g):
     return f * g, dh * f, de.to(dh.dtype)
 
 
+def results(run, x, given, outer):
+    """Outputs and gradients, of x and of each A and B."""
+    leaves = [x, *(leaf for projection in given for leaf in projection[2:4])]
+    for leaf in leaves:
+        leaf.grad = None
+    out = run(x)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(out, [one.to(o.dtype) for one, o in zip(outer, out, strict=True)])
+    assert all(leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape for leaf in leaves)
+    return [*(one.detach() for one in out), *(leaf.grad for leaf in leaves)]
+
+
 def exact(x, given, outer):
     """Results and gradients (of x, then of each A and B) in float64: a projection, three of one input, or an MLP where the third
     projection reads what the first two make."""

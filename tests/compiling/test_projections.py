@@ -18,7 +18,7 @@ import torch
 if find_spec("bitsandbytes") is None:
     pytest.skip("bitsandbytes is not installed: make setup", allow_module_level=True)
 
-from projection_weights import exact, lora, mean_off, off, swiglu_backward, swiglu_forward
+from projection_weights import exact, lora, mean_off, off, results, swiglu_backward, swiglu_forward
 
 from unsloth_ext.compiling import projections
 from unsloth_ext.compiling import projections_operators as operators
@@ -48,18 +48,6 @@ def swiglu(e, g):
 def function(name, given):
     more = (swiglu,) if name == "MLP" else ()
     return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection), *more)
-
-
-def results(run, x, given, outer):
-    """Outputs and gradients, of x and of each A and B."""
-    leaves = [x, *(leaf for projection in given for leaf in projection[2:4])]
-    for leaf in leaves:
-        leaf.grad = None
-    out = run(x)
-    out = out if isinstance(out, tuple) else (out,)
-    torch.autograd.backward(out, outer)
-    assert all(leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape for leaf in leaves)
-    return [*(one.detach() for one in out), *(leaf.grad for leaf in leaves)]
 
 
 def outer_of(name, head, dtype):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from projection_weights import lora, mean_off, swiglu_backward, swiglu_forward
+from projection_weights import lora, mean_off, results, swiglu_backward, swiglu_forward
 
 from unsloth_ext.compiling import projections
 from unsloth_ext.compiling.projections_operators import swiglu_backward_
@@ -55,14 +55,8 @@ def plain_of(name, given, dtype):
     return run
 
 
-def results(run, x, given, outer):
-    leaves = [x, *(leaf for projection in given for leaf in projection[2:4])]
-    for leaf in leaves:
-        leaf.grad = None
-    out = run(x)
-    out = out if isinstance(out, tuple) else (out,)
-    torch.autograd.backward(out, [one.to(o.dtype) for one, o in zip(outer, out, strict=True)])
-    return [*(one.detach().double() for one in out), *(leaf.grad.double() for leaf in leaves)]
+def in_double(run, x, given, outer):
+    return [one.double() for one in results(run, x, given, outer)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -72,12 +66,12 @@ def test_compiled_gradients(name, dtype, ranks):
     given, x, outer = case(name, dtype, ranks)
     torch._dynamo.reset()
     run = torch.compile(run_of(name, given), fullgraph=True, dynamic=True)
-    exact = results(plain_of(name, given, torch.float64), x, given, outer)
-    ours = mean_off(results(run, x, given, outer), exact)
-    assert ours < 2 * mean_off(results(plain_of(name, given, dtype), x, given, outer), exact)
+    exact = in_double(plain_of(name, given, torch.float64), x, given, outer)
+    ours = mean_off(in_double(run, x, given, outer), exact)
+    assert ours < 2 * mean_off(in_double(plain_of(name, given, dtype), x, given, outer), exact)
     given[0][2].data.mul_(1.1)  # what a graph kept of a weight would show
-    exact = results(plain_of(name, given, torch.float64), x, given, outer)
-    assert mean_off(results(run, x, given, outer), exact) < 2 * ours
+    exact = in_double(plain_of(name, given, torch.float64), x, given, outer)
+    assert mean_off(in_double(run, x, given, outer), exact) < 2 * ours
 
 
 def test_gate_and_up_are_found_again_bit_for_bit():
@@ -140,7 +134,7 @@ def test_peak_memory():
         torch._dynamo.reset()
         compiled = torch.compile(run, fullgraph=True)
         for _ in range(2):
-            results(compiled, x, given, outer)
+            in_double(compiled, x, given, outer)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         out = compiled(x)
@@ -155,7 +149,7 @@ def test_in_a_cuda_graph():
     given, x, outer = case("QKV", torch.bfloat16, rows=(1, 512))
     torch._dynamo.reset()
     run = torch.compile(run_of("QKV", given), fullgraph=True)
-    expected = results(run, x, given, outer)
+    expected = in_double(run, x, given, outer)
     leaves = [x, *(leaf for projection in given for leaf in projection[2:4])]
 
     def step():
