@@ -35,11 +35,12 @@ SIDES = {
     "upstream-sharded": "Unsloth's FSDP2, sharded",
     "accelerate": "accelerate's FSDP2, plain transformers and peft",
     "ours": "UNSLOTH_EXT_FSDP2=1, Unsloth's model read in slices",
+    "ours-by-layer": "the same, adapters gathered and reduced with each layer (adapters=layer)",
     "ours-collective": "the same, gathered by NCCL (gather=collective)",
     "ours-sliced": "unsloth_ext's load and shard, plain transformers and peft",
     "ours-whole": "unsloth_ext's shard, on Unsloth's model loaded whole",
 }
-SWITCHED = ("ours", "ours-collective")
+SWITCHED = {"ours": "", "ours-by-layer": ",adapters=layer", "ours-collective": ",gather=collective"}
 UPSTREAM = ("upstream-auto", "upstream-sharded")
 PLAIN = ("accelerate", "ours-sliced")  # without Unsloth
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -277,8 +278,7 @@ def run_side(side, args, folder: Path) -> dict:
     options += [flag for flag, on in (("--cpu", args.cpu), ("--unsloth", args.unsloth)) if on]
     switches = {"UNSLOTH_FSDP2": "1" if side in UPSTREAM else None, "UNSLOTH_EXT_FSDP2": None}
     if side in SWITCHED:
-        gather = "collective" if side == "ours-collective" else "auto"
-        switches["UNSLOTH_EXT_FSDP2"] = f"residency={args.residency},gather={gather}"
+        switches["UNSLOTH_EXT_FSDP2"] = f"residency={args.residency}{SWITCHED[side]}"
     name = f"fsdp2_{args.case}_{side}{'_capped' if args.cap_gib else ''}"
     found = launch.run(
         str(Path(__file__)), options, folder / f"{name}-{os.getpid()}.json", 1 if side == "one" else args.nproc, args.limit,

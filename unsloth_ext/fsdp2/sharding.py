@@ -1,9 +1,10 @@
 """`shard(model)`: fully sharded QLoRA on torch's FSDP2, with its public interface only.
 
 Each decoder layer is a unit: gathered before its forward, freed after it, gathered again for its backward. The input embedding
-and the output head are units of their own, so that they are not gathered while layers run. What is left, such as the last norm, is
-small: frozen, it stays whole on each rank; trainable, it is sharded with the root. A head tied to the embedding is one parameter
-with two users and belongs to the root, gathered for the whole step.
+and the output head are units of their own, so that they are not gathered while layers run. Adapters belong to the root, which is
+gathered for a whole step, and so does what is left and trained; where they are too large, to their layers (step_exchange.py). What is
+frozen and small, such as norms, stays whole on each rank. A head tied to the embedding is one parameter with two users and belongs to
+the root.
 
 What this closes of the gaps in Unsloth 2026.10.9's own FSDP2 (`UNSLOTH_FSDP2=1`; `models/fsdp2_native.py`, `fsdp2_load.py`):
 
@@ -37,7 +38,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
-from . import peer_gather, switch
+from . import peer_gather, step_exchange, switch
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
@@ -46,6 +47,7 @@ from .team import Team
 __all__ = ["accumulate", "gathered", "shard", "units_of"]
 
 _SMALL = 1 << 20  # bytes of frozen parameters outside the units that are not worth a gather
+_SMALL_ONE = 1 << 17  # bytes of a frozen parameter in a layer, a norm or a bias, that is not
 _AHEAD = 256 << 20  # bytes of a gathered layer up to which a second one is gathered ahead
 GATHERS = ("auto", "collective", "copies")
 
@@ -59,6 +61,7 @@ def shard(
     mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
     residency: int | str = 0,
     gather: str = "auto",
+    adapters: str = "auto",
     timeout: datetime.timedelta | None = None,
 ) -> nn.Module:
     """Shard a transformers (and peft) model in place, 4-bit weights included, and return it. Called by every rank, once.
@@ -75,6 +78,9 @@ def shard(
         accumulated step (see `accumulate`); "all" for no limit.
     gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
         lie (see peer_gather.py), on one host only. "auto": by copies among CUDA cards that can, else by the collective.
+    adapters: when the layers' trained parameters are gathered and their gradients reduced. "step": once a step, whole on each rank in
+        between (see step_exchange.py). "layer": with each layer. "auto": once a step where three times their whole size is at most
+        1 GiB or 5% of the card, and nothing is offloaded.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
@@ -104,26 +110,37 @@ def shard(
         _check(model, world)
         layers, ends = units_of(model)
         root_parameters, kept_whole = _outside(model, [*layers, *ends])
+        kept_whole |= _small_in(layers)
+        once = step_exchange.places(layers, kept_whole, root_parameters, adapters, cpu_offload)
     except Exception as problem:
         error = problem
-    Team("sharding the model").agree(error)
+    team = Team("sharding the model", timeout)
+    team.agree(error)
+    if once and adapters == "auto":
+        once = step_exchange.affordable(once, device, team)
 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward)
     for parameter in kept_whole:
         parameter.data = parameter.data.to(device=device, dtype=policy.param_dtype or parameter.dtype)
-    # A unit is cut before the next is touched: a model that is whole on the card gives its memory back layer by layer.
-    for unit in [*layers, *ends]:
-        cut_4bit(unit, rank, world, device)
-        fully_shard(unit, **options, ignored_params=kept_whole)
-    cut_4bit(model, rank, world, device)
+    # The root first: once a layer is a unit, the root cannot have a parameter of it.
+    units = [*layers, *ends]
+    cut_4bit(model, rank, world, device, without=units)
     _move_rest(model, device)
-    fully_shard(model, **options, ignored_params=kept_whole)
-    _prefetch(layers, ends)
-    _keep_resident(model, layers, residency)
-    hindrance = _gather_by(model, [*layers, *ends], mesh, gather, cpu_offload, timeout)
+    fully_shard(model, **options, ignored_params=kept_whole | _left_to(units, once))
+    taken = kept_whole | {module._parameters[name] for module, name in once}
+    # A unit is cut before the next is touched: a model that is whole on the card gives its memory back layer by layer.
+    for unit in units:
+        cut_4bit(unit, rank, world, device)
+        fully_shard(unit, **options, ignored_params=taken)
+    _prefetch(model, layers, ends)
+    _keep_resident(model, layers, residency, taken)
+    hindrance = _gather_by(model, layers, ends, mesh, gather, cpu_offload, taken, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
+    model._unsloth_ext_once = bool(once)
+    if once:
+        step_exchange.gather_with_layers(model, layers, once)
     _initialise(model)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by
@@ -199,10 +216,24 @@ def _outside(model: nn.Module, units: Iterable[nn.Module]) -> tuple[list[nn.Para
     return [p for p in left if p not in small], small
 
 
-def cut_4bit(module: nn.Module, rank: int, world: int, device: torch.device) -> None:
-    """Replace each whole 4-bit weight by this rank's part, and drop the references to the whole."""
+def _small_in(layers: list[nn.Module]) -> set[nn.Parameter]:
+    """Their frozen norms and biases."""
+    found = (p for layer in layers for p in layer.parameters() if not p.requires_grad and p.ndim == 1)
+    return {p for p in found if p.is_floating_point() and p.numel() * p.itemsize <= _SMALL_ONE}
+
+
+def _left_to(units: list[nn.Module], once: list[tuple[nn.Module, str]]) -> set[nn.Parameter]:
+    """The units' parameters without those that are exchanged once a step."""
+    return {p for unit in units for p in unit.parameters()} - {module._parameters[name] for module, name in once}
+
+
+def cut_4bit(module: nn.Module, rank: int, world: int, device: torch.device, without: Iterable[nn.Module] = ()) -> None:
+    """Replace each whole 4-bit weight by this rank's part, and drop the references to the whole; not within `without`."""
     known: dict[int, nn.Parameter] = {}
+    others = {inner for unit in without for inner in unit.modules()}
     for owner in module.modules():
+        if owner in others:
+            continue
         for name, parameter in list(owner._parameters.items()):
             if isinstance(parameter, Params4bit):
                 if id(parameter) not in known:
@@ -222,13 +253,18 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _prefetch(layers: list[nn.Module], ends: list[nn.Module]) -> None:
+def _prefetch(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) -> None:
     """Ask for the next layers' gathers when a layer begins: they run beside the layer, at the price of their memory.
 
     The next one, and where layers are small the one after it: ranks run apart by some milliseconds, which a gather that is asked
-    for one layer early may not cover. The last layer asks for the head.
+    for one layer early may not cover. The embedding asks for the first layers, the last layer for the head. The embedding itself
+    is the first thing that a step asks for: it is as large as several layers, and gathered while the host prepares the rest.
     """
     depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
+    config = getattr(model, "config", None)
+    if ends and ends[0] is model.get_input_embeddings() and not getattr(config, "is_encoder_decoder", False):
+        ends[0].set_modules_to_forward_prefetch(layers[:depth])
+        model.register_forward_pre_hook(_embedding_first(ends[0]), with_kwargs=True, prepend=True)
     order = [*layers, *ends[1:]]  # [embedding, head]: a head that is alone is rare, and waits for its own forward
     for index, layer in enumerate(layers):
         following = order[index + 1 : index + 1 + depth]
@@ -237,6 +273,15 @@ def _prefetch(layers: list[nn.Module], ends: list[nn.Module]) -> None:
         before = layers[max(0, index - depth) : index][::-1]
         # Left alone, FSDP2 asks for what ran before it: for the first layer that is the embedding, which, frozen, has no backward.
         layer.set_modules_to_backward_prefetch(before or [layer])
+
+
+def _embedding_first(embedding: nn.Module):
+    @torch.compiler.disable
+    def hook(module, args, kwargs) -> None:
+        if kwargs.get("inputs_embeds") is None and (args or kwargs.get("input_ids") is not None):
+            embedding.unshard(async_op=True)
+
+    return hook
 
 
 def _prefetcher(layer: nn.Module, following: list[nn.Module]):
@@ -255,17 +300,27 @@ def _prefetcher(layer: nn.Module, following: list[nn.Module]):
     return hook
 
 
-def _gather_by(model, units, mesh, gather: str, offloaded: bool, timeout) -> str | None:
-    """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it."""
+def _gather_by(model, layers, ends, mesh, gather: str, offloaded: bool, taken, timeout) -> str | None:
+    """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it.
+
+    taken: parameters of the layers that they do not gather.
+    """
     if gather == "collective" or offloaded or (gather == "auto" and mesh.device_type != "cuda"):
         return None
-    shards, seen = [], set()
-    for module in (*units, model):  # the model: what no unit has
+    shards, alone, seen = [], [], {id(p) for p in taken}
+    for module in (*layers, *ends, model):  # the model: what no unit has
         # A shared one is gathered and freed with its first unit.
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
-    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
+        if module in layers[:-1] and len(shards[-1]) == len(new) > 0:
+            alone.append(module)
+    hindrance = peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
+    # Without a collective, ranks do not wait for each other. In the last layer they do: who has passed it knows that all have read
+    # this forward's weights. What a backward has read is known by its gradients' reduction.
+    for layer in alone if hindrance is None and mesh.size(mesh.ndim - 1) > 1 else ():
+        layer.set_custom_all_gather(step_exchange.NothingToGather())
+    return hindrance
 
 
 def _shard_of(parameter) -> NF4Shard | None:
@@ -273,10 +328,12 @@ def _shard_of(parameter) -> NF4Shard | None:
     return local if isinstance(local, NF4Shard) else None
 
 
-def gathered_bytes(unit: nn.Module) -> int:
-    """Bytes of a sharded unit's parameters when they are gathered."""
-    total = 0
+def gathered_bytes(unit: nn.Module, taken: Iterable[nn.Parameter] = ()) -> int:
+    """Bytes of a sharded unit's parameters when they are gathered, without those in `taken`."""
+    total, others = 0, {id(p) for p in taken}
     for parameter in unit.parameters():
+        if id(parameter) in others:
+            continue
         local = getattr(parameter, "_local_tensor", parameter)
         if isinstance(local, NF4Shard):
             total += local.bytes_held() * local.cut.world
@@ -285,11 +342,11 @@ def gathered_bytes(unit: nn.Module) -> int:
     return total
 
 
-def _keep_resident(model: nn.Module, layers: list[nn.Module], residency: int | str) -> None:
+def _keep_resident(model: nn.Module, layers: list[nn.Module], residency: int | str, taken) -> None:
     left = float("inf") if residency == "all" else residency
     resident = []
     for layer in reversed(layers):  # the last is gathered for the shortest time
-        if (needed := gathered_bytes(layer)) > left:
+        if (needed := gathered_bytes(layer, taken)) > left:
             break
         left -= needed
         layer.set_reshard_after_forward(False, recurse=False)
@@ -316,28 +373,29 @@ def accumulate(model: nn.Module, last: bool) -> None:
     """Say before each micro-batch whether it is the last of its step.
 
     Before the last one gradients stay on each rank, unreduced, and the units within `residency` stay gathered after their
-    backward: they are gathered once a step.
+    backward, as do adapters that are exchanged once a step.
     """
     if not isinstance(model, FSDPModule):
         raise UsageError("accumulate needs the model that shard() returned")
     model.set_requires_gradient_sync(last)
-    for layer in model._unsloth_ext_resident:
-        layer.set_reshard_after_backward(last, recurse=False)
+    for unit in (*model._unsloth_ext_resident, *([model] if model._unsloth_ext_once else ())):
+        unit.set_reshard_after_backward(last, recurse=False)
 
 
 @contextlib.contextmanager
 def gathered(*modules: nn.Module):
     """Within it the parameters of these units are whole, for code that reads them without a forward. A collective.
 
-    A unit is a decoder layer, an untied embedding or head, or the model itself, which has what belongs to no other unit. Raises
-    `UsageError` for another module with sharded parameters.
+    A unit is a decoder layer, with its adapters, an untied embedding or head, or the model itself, which has what belongs to no other
+    unit. Raises `UsageError` for another module with sharded parameters.
     """
     for module in modules:
         if not isinstance(module, FSDPModule) and any(isinstance(p, DTensor) for p in module.parameters()):
             raise UsageError(f"{type(module).__name__} is no unit of its own", "Pass its decoder layer, or the model.")
+    roots = (module._unsloth_ext_adapters() for module in modules if hasattr(module, "_unsloth_ext_adapters"))
     opened = []
     try:
-        for module in modules:
+        for module in dict.fromkeys([*filter(None, roots), *modules]):
             if isinstance(module, FSDPModule):
                 module.unshard()
                 opened.append(module)

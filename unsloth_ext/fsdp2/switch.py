@@ -31,7 +31,8 @@ _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 class Settings:
     """What `shard` and `load` are called with. See their docstrings.
 
-    reshard_after_forward, cpu_offload, residency, gather, mixed_precision ("bfloat16", "float16" or "float32"): as in `shard`.
+    reshard_after_forward, cpu_offload, residency, gather, adapters, mixed_precision ("bfloat16", "float16" or "float32"): as in
+        `shard`.
     sharded_load: from_pretrained of a 4-bit model reads each rank's part only. False: whole on every rank, then cut.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     cpu_offload: bool = False
     residency: int | str = 0
     gather: str = "auto"
+    adapters: str = "auto"
     mixed_precision: str | None = None
     sharded_load: bool = True
 
@@ -51,6 +53,8 @@ class Settings:
             raise UsageError(f"residency must be a number of bytes, such as 2GiB, or 'all', got {size!r}")
         if self.gather not in ("auto", "collective", "copies"):
             raise UsageError(f"gather must be auto, collective or copies, got {self.gather!r}")
+        if self.adapters not in ("auto", "step", "layer"):
+            raise UsageError(f"adapters must be auto, step or layer, got {self.adapters!r}")
         if self.mixed_precision not in (None, "bfloat16", "float16", "float32"):
             raise UsageError(f"mixed_precision must be bfloat16, float16 or float32, got {self.mixed_precision!r}")
 
