@@ -160,7 +160,8 @@ class HostMemory:
         return None
 
     def allocate(self, size: int) -> torch.Tensor:
-        number, name = tempfile.mkstemp(prefix="unsloth_ext-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        number, name = tempfile.mkstemp(prefix=f"unsloth_ext-{os.getpid()}-", dir=folder)
         try:
             if hasattr(os, "posix_fallocate"):  # else, where /dev/shm is too small, the first write kills the process
                 os.posix_fallocate(number, 0, size)
