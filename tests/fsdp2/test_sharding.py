@@ -81,7 +81,7 @@ def test_other_arrangements_equal_one_process(ranks, checkpoints, kind):
         dict(sharded_load=False, cpu_offload=True, reshard_after_forward=False),
         dict(sharded_load=True, residency="all"),
         dict(sharded_load=True, gather="copies", checkpointing=True),
-        dict(sharded_load=False, gather="copies", residency="all"),
+        dict(sharded_load=False, gather="copies", residency="all", adapters="layer"),
     ]
     for world, variant in zip((4, 2, 2, 4, 2), variants, strict=True):
         answers = ranks(world, _parity, folder=str(checkpoints[kind]), steps=4, **variant)
@@ -128,7 +128,13 @@ def _on_cards(rank, world, folder, **options):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
-    [{"gather": "copies"}, {"gather": "collective"}, {"cpu_offload": True}, {"gather": "copies", "residency": "all"}],
+    [
+        {"gather": "copies"},
+        {"gather": "copies", "adapters": "layer"},
+        {"gather": "collective"},
+        {"cpu_offload": True},
+        {"gather": "copies", "residency": "all"},
+    ],
     ids=str,
 )
 def test_two_cards_equal_one(cuda_ranks, checkpoints, options):

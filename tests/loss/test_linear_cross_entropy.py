@@ -346,7 +346,7 @@ torch.manual_seed({seed})
 linear_softmax.rows_of_chunk = lambda d: 16
 for dtype, spread, settings in [(torch.float32, 1.0, dict()), (torch.float32, 90.0, dict(z_loss=1e-3)), (torch.float32, 2.0, dict(softcap=3.0, scale=1.7, temperature=0.6)),
                                 (torch.float32, 2.0, dict(smoothing=0.1, softcap=2.0)), (torch.bfloat16, 1.0, dict(smoothing=0.2)), (torch.float16, 1.0, dict())]:
-    hidden, weight, labels, bias = inputs(rows=11, vocab_size=2300, dtype=dtype, ignored=4)
+    hidden, weight, labels, bias = inputs(rows=11, vocab_size=1300, dtype=dtype, ignored=4)
     hidden.data *= spread
     ref = in_fp64(hidden, weight, bias)
     value, logp, entropy = values(ref[0], ref[1], labels, ref[2], **settings)
