@@ -141,29 +141,41 @@ def test_a_loss_that_reads_the_head_finds_it_whole(ranks, checkpoints, lora):
         assert before == after  # nothing stays gathered
 
 
-def _scaled(rank, world, folder, overflow):
-    from unsloth_ext.fsdp2 import load, shard
+def _scaled(rank, world, folder, overflow, kind, clip):
+    import bitsandbytes as bnb
+
+    from unsloth_ext.fsdp2 import clip_grad_norm_, load, on_local_shards, shard
     from unsloth_ext.fsdp2.gradient_scaler import ShardedScaler
 
     model = shard(models.with_lora(load(folder, dtype=torch.float32)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.to_local().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+    if kind == "8bit":
+        optimizer = on_local_shards(bnb.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=16))
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+        optimizer = on_local_shards(optimizer) if kind == "local" else optimizer
     scaler = ShardedScaler(device="cpu", init_scale=256.0)
     batch = models.batches(1, 2)[0]
     scaler.scale(model(input_ids=batch, labels=batch).loss).backward()
     for parameter in parameters if rank in overflow else ():
         parameter.grad.to_local().view(-1)[:1] = torch.inf  # an overflow that this rank alone can see
-    scaler.unscale_(optimizer)
+    if clip:
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(parameters, 1.0)
     scaler.step(optimizer)
+    optimizer.zero_grad()
+    assert not any(p.grad is not None for p in (*parameters, *optimizer.param_groups[0]["params"]))
     scaler.update()
     moved = any(not torch.equal(a, p.to_local()) for a, p in zip(before, parameters, strict=True))
     return moved, scaler.get_scale()
 
 
 @pytest.mark.parametrize("overflow", [(), (1,), (0, 1)], ids=["none", "one rank", "both ranks"])
-def test_ranks_skip_a_step_together(ranks, checkpoints, overflow):
-    for moved, scale in ranks(2, _scaled, folder=str(checkpoints["nf4"]), overflow=overflow):
+@pytest.mark.parametrize(("kind", "clip"), [("whole", True), ("whole", False), ("local", False), ("8bit", True)])
+def test_ranks_skip_a_step_together(ranks, checkpoints, overflow, kind, clip):
+    answers = ranks(2, _scaled, folder=str(checkpoints["nf4"]), overflow=overflow, kind=kind, clip=clip)
+    for moved, scale in answers:
         assert moved == (not overflow) and scale == (128.0 if overflow else 256.0)
 
 

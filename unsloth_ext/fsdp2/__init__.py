@@ -10,6 +10,7 @@ when first asked for, because this package must not import torch.
 _WHERE = {
     "accumulate": "sharding",
     "bytes_held": "held",
+    "clip_grad_norm_": "clipping",
     "disable": "switch",
     "enable": "switch",
     "gathered": "sharding",

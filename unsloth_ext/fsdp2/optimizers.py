@@ -1,8 +1,11 @@
-"""Optimizers on what a rank owns: bitsandbytes' at all, torch's without a loop over DTensors.
+"""Optimizers on what a rank owns: bitsandbytes' at all, torch's without the price of DTensors.
 
 bitsandbytes' kernels read raw memory, and a sharded parameter is a DTensor, which has none of its own. `on_local_shards` gives the
 optimizer plain parameters that are this rank's memory, and hands it the gradients just before each step. An 8-bit state is
 quantised in blocks that begin with the shard, so its blocks differ from those on one device, as in any sharded run.
+
+torch's optimizers take DTensors, but the dispatch of hundreds of them costs the host several times what the step costs otherwise,
+while the card has nothing to do. Those that compute each element by itself step on the same plain parameters, with the same result.
 """
 
 from __future__ import annotations
@@ -11,11 +14,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["on_local_shards", "together"]
+__all__ = ["on_local_shards", "step_quickly"]
+
+_ELEMENTWISE = {getattr(torch.optim, name) for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam",
+                                                         "RMSprop", "Rprop", "SGD")}  # fmt: skip
 
 
 def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Make a new optimizer over DTensor parameters step on this rank's parts of them, in place. Before its first step.
+
+    For bitsandbytes' optimizers, and any that computes each element by itself, or in blocks.
 
     Clip gradients on the model's own parameters, as ever; `zero_grad` clears those. A rank whose part of a parameter is empty
     leaves it out. Raises ValueError if the optimizer has state already.
@@ -44,6 +52,7 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         group["params"] = local
     optimizer._unsloth_ext_parts = parts
 
+    @torch.no_grad()
     def hand_over(*_):
         for parameter, part in pairs:
             part.grad = None if parameter.grad is None else parameter.grad.to_local()
@@ -63,17 +72,19 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
                 parameter.grad.zero_()
 
     optimizer.zero_grad = zero_grad
+    optimizer._unsloth_ext_hand_over = hand_over  # for a gradient scaler, which looks before the step
     optimizer.register_step_pre_hook(hand_over)
     optimizer.register_step_post_hook(take_back)
     return optimizer
 
 
-def together(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let one of torch's optimizers take its DTensors together, where it was left to torch how.
-
-    For plain tensors on a card torch's default is `foreach`; it goes through DTensors one by one, which costs the host 0.1 s a step for
-    the adapters of an 8B model. `fused=True`, transformers' default, is as fast and stays.
+def step_quickly(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Spare one of torch's new optimizers the dispatch of its DTensors: on this rank's parts where it computes each element by itself,
+    else all together (`foreach`, which torch chooses for plain tensors on a card, and for DTensors one by one, 0.1 s a step for the
+    adapters of an 8B model), where it was left to torch how.
     """
+    if type(optimizer) in _ELEMENTWISE and not any(group.get("differentiable") for group in optimizer.param_groups):
+        return on_local_shards(optimizer)
     for group in optimizer.param_groups:
         meshes = {getattr(parameter, "device_mesh", None) for parameter in group["params"]}
         chosen = group.get("foreach", True) is not None or group.get("fused") or group.get("differentiable")

@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
-from . import switch, trainer_config
+from . import clipping, switch, trainer_config
 from .generation import serve_generation
 from .head_readers import serve_head_readers
 from .nf4_parameter import NF4Shard
-from .optimizers import on_local_shards, together
+from .optimizers import on_local_shards, step_quickly
 from .processes import default_mesh
 from .row_shard import RowShard
 from .sharding import accumulate, shard
@@ -195,8 +196,11 @@ def _attach(accelerator, trainer) -> None:
 
     @functools.wraps(clip)
     def clip_grad_norm_(parameters, max_norm, norm_type=2):
-        norm = clip(parameters, max_norm, norm_type)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if not any(isinstance(parameter, DTensor) for parameter in parameters):
+            return clip(parameters, max_norm, norm_type)
+        accelerator.unscale_gradients()
+        return clipping.clip_grad_norm_(parameters, max_norm, norm_type)
 
     accelerator.prepare_model, accelerator.clip_grad_norm_ = prepare, clip_grad_norm_
     if getattr(accelerator, "scaler", None) is not None and switch.world_size() > 1:
@@ -235,7 +239,7 @@ def create_optimizer(original):
                 )
             on_local_shards(inner)
         elif made and is_ours(self.model) and isinstance(inner, torch.optim.Optimizer):
-            together(inner)
+            step_quickly(inner)
         return optimizer
 
     return wrapped
