@@ -179,6 +179,10 @@ def measure(side, args) -> None:
     else:
         model, during = prepare(side, args, device)
         optimizer = optimizer_of(model)
+        if side in SWITCHED:
+            from unsloth_ext.fsdp2.optimizers import step_quickly
+
+            step_quickly(optimizer)  # as the switch does
     gc.collect()
     load_peak, seconds = allocated(most=True), time.perf_counter() - start
     if not args.cpu:
