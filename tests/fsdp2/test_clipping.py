@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-def _clipped(rank, world, whole, shape, norm_type, max_norm, ours):
+def _clipped(rank, world, whole, shape, norm_type, max_norm):
     """(norm, the whole gradients after clipping)"""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,8 +21,8 @@ def _clipped(rank, world, whole, shape, norm_type, max_norm, ours):
         parameters.append(torch.nn.Parameter(sharded))
         parameters[-1].grad = distribute_tensor(gradient, mesh, placements)
     parameters.append(torch.nn.Parameter(torch.zeros(3)))  # without a gradient
-    norm = (clip_grad_norm_ if ours else torch.nn.utils.clip_grad_norm_)(iter(parameters), max_norm, norm_type)
-    assert not ours or not isinstance(norm, DTensor)
+    norm = clip_grad_norm_(iter(parameters), max_norm, norm_type)
+    assert not isinstance(norm, DTensor)
     return norm, [p.grad.full_tensor() for p in parameters[:-1]]
 
 
@@ -38,7 +38,7 @@ def test_as_torch_clips_the_whole(ranks, shape, norm_type):
             for parameter, gradient in zip(parameters, whole, strict=True):
                 parameter.grad = gradient.double().clone()
             expected = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-            arguments = dict(whole=whole, shape=shape, norm_type=norm_type, max_norm=max_norm, ours=True)
+            arguments = dict(whole=whole, shape=shape, norm_type=norm_type, max_norm=max_norm)
             close = dict(rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
             answers = ranks(math.prod(shape), _clipped, **arguments)
             for norm, clipped in answers:
@@ -48,12 +48,14 @@ def test_as_torch_clips_the_whole(ranks, shape, norm_type):
                     torch.testing.assert_close(found.double(), parameter.grad, **close)
 
 
+@pytest.mark.parametrize("row", [0, 3])  # of the first rank, of the last
+@pytest.mark.parametrize("norm_type", [2, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_not_hidden(ranks, bad):
+def test_what_is_not_finite_is_not_hidden(ranks, bad, norm_type, row):
     whole = [torch.randn(4, 5), torch.randn(2, 3)]
-    whole[0][3, 1] = bad  # of the last rank
-    for norm, clipped in ranks(2, _clipped, whole=whole, shape=(2,), norm_type=2, max_norm=1.0, ours=True):
-        assert not norm.isfinite() and not all(gradient.isfinite().all() for gradient in clipped)
+    whole[0][row, 1] = bad
+    for norm, clipped in ranks(2, _clipped, whole=whole, shape=(2,), norm_type=norm_type, max_norm=1.0):
+        assert str(norm.item()) == str(bad) and not all(gradient.isfinite().all() for gradient in clipped)
 
 
 def _none(rank, world):

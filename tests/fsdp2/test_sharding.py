@@ -326,12 +326,14 @@ def _refused(rank, world, folder):
 
     attempt(integers)
     attempt(lambda: models.whole(folder) if rank else torch.nn.Linear(3, 3))
+    attempt(lambda: models.with_lora(models.whole(folder)), gather="copies" if rank else "auto")
     return messages
 
 
 def test_what_cannot_be_sharded_says_so_on_every_rank(ranks, checkpoints):
     for messages in ranks(2, _refused, folder=str(checkpoints["nf4"])):
-        twice, budget, reshard, layers, integers, disagree = messages
+        twice, budget, reshard, layers, integers, disagree, settings = messages
+        assert "gather must be the same on every rank, got auto and copies" in settings
         assert "sharded by FSDP2 already" in twice and "residency" in budget and "-1" in budget
         assert "reshard_after_forward must be True or False, got 2" in reshard
         assert "no decoder layers" in layers and "Linear" in layers

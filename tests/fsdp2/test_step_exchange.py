@@ -140,6 +140,125 @@ def test_code_that_calls_the_decoder_alone_trains_the_same(ranks, checkpoints, r
     assert all(parts == [True] * 3 and first == losses[0] for first, losses, parts in answers)
 
 
+def _odd_orders(rank, world, folder, adapters, reentrant):
+    """Losses, or gradient norms, of loops that do things between forward, backward and step. Whole with adapters=None."""
+    from unsloth_ext.fsdp2 import load, shard
+
+    tokens = models.batches(6, world)
+    tokens = tokens[:, rank : rank + 1] if adapters else tokens
+    found = {}
+
+    def fresh(**options):
+        model = load(folder, dtype=torch.float32) if adapters else models.whole(folder)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model = models.with_lora(model)
+        return (shard(model, adapters=adapters, gather="copies", **options) if adapters else model).train()
+
+    def loss(model, batch):
+        return model(input_ids=batch, labels=batch).loss
+
+    def norm(model):
+        gradients = [p.grad.full_tensor() if adapters else p.grad for p in model.parameters() if p.requires_grad]
+        return torch.stack([g.norm() for g in gradients]).norm().item()
+
+    model = fresh()
+    norms = []
+    for batch in tokens[:3]:
+        value = loss(model, batch)
+        model.zero_grad()
+        value.backward()
+        norms.append(norm(model))
+    found["zero_grad before backward"] = norms
+
+    model = fresh()
+    model.zero_grad()
+    first, second = _inner(model, tokens[0]), _inner(model, tokens[1])
+    first.backward()
+    second.backward()
+    found["two decoder forwards, two backwards"] = [norm(model)]
+    model.zero_grad()
+    value = _inner(model, tokens[2])
+    with torch.no_grad():
+        loss(model, tokens[3])
+    value.backward()
+    found["another forward before backward"] = [norm(model)]
+
+    model = fresh()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for batch in tokens[:4]:
+        value = loss(model, batch)
+        value.backward()
+        loss(model, tokens[5])  # with a graph that nobody needs
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    found["forward before step"] = losses
+
+    for name, options in (("made late", {}), ("made late, not resharded", {"reshard_after_forward": False})):
+        model = fresh(**options)
+        loss(model, tokens[0])
+        with torch.no_grad():
+            loss(model, tokens[0])
+        optimizer = _optimizer(model)
+        found[f"optimizer {name}"] = _steps(model, optimizer, tokens[:3])
+
+    model = fresh()
+    with contextlib.suppress(ZeroDivisionError):
+        hook = model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        loss(model, tokens[0])
+    hook.remove()
+    with torch.no_grad():
+        found["after an exception"] = [loss(model, tokens[1]).item()]
+    if adapters:
+        assert _sharded_trained(model)
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_whatever_comes_between_forward_backward_and_step(ranks, checkpoints, reentrant):
+    folder = str(checkpoints["nf4"])
+    (expected,) = ranks(1, _odd_orders, folder=folder, adapters=None, reentrant=reentrant)
+    answers = ranks(1, _odd_orders, folder=folder, adapters="step", reentrant=reentrant)
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(answers[0][name]), torch.tensor(values), rtol=1e-4, atol=1e-5, msg=name)
+    by_step, by_layer = (
+        ranks(2, _odd_orders, folder=folder, adapters=adapters, reentrant=reentrant) for adapters in ("step", "layer")
+    )
+    for one, other in zip(by_step, by_layer, strict=True):
+        for name, values in other.items():
+            if "made late" not in name:  # by layer, an optimizer may be made of whole parameters, as FSDP2 has it
+                assert one[name] == values, name
+        assert one["optimizer made late"] == one["optimizer made late, not resharded"]
+
+
+def _last_meetings(rank, world, folder, residency):
+    from unsloth_ext.fsdp2 import load, shard
+    from unsloth_ext.fsdp2.sharding import gathered_bytes, units_of
+
+    model = load(folder, dtype=torch.float32)
+    if residency == "one layer":
+        residency = gathered_bytes(units_of(model)[0][0])
+    model = shard(models.with_lora(model), residency=residency, gather="copies")
+    token, tokens = None, models.batches(1, 1)[0]
+    for _ in range(2):
+        with _meetings() as found, torch.no_grad():
+            model(input_ids=tokens)
+        found = [size for _, size in found]
+        token = token or found[-1]
+    return len(model._unsloth_ext_resident), found, token
+
+
+@pytest.mark.parametrize("residency", [0, "one layer"])
+def test_the_last_copies_of_a_forward_are_followed_by_a_meeting(ranks, checkpoints, residency):
+    """Also with a tied head, after which nothing is gathered."""
+    for resident, found, token in ranks(2, _last_meetings, folder=str(checkpoints["tied-16bit"]), residency=residency):
+        assert resident == (0 if residency == 0 else 1)
+        assert len(found) == 2 and found[-1] == token < found[0]  # the root, and 16 bytes a weight of one layer
+
+
 def _accumulated(rank, world, folder):
     from unsloth_ext.fsdp2 import accumulate, load, shard
 

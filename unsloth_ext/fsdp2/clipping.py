@@ -36,10 +36,16 @@ def clip_grad_norm_(
     # A part without rows has a norm of 0, if at all: infinity's is an error.
     norms = [norm.to(torch.float64) for norm in _norms([p for p in parts if p.numel()], norm_type, wide.dtype)]
     norms = torch.stack(norms) if norms else parts[0].new_zeros(1, dtype=torch.float64)
-    total = norms.square().sum() if norm_type == 2 else norms.max()
-    operation = dist.ReduceOp.SUM if norm_type == 2 else dist.ReduceOp.MAX
-    dist.all_reduce(total, operation, group=mesh.get_group(mesh.ndim - 1))
-    total = (total.sqrt() if norm_type == 2 else total).to(wide.dtype)
+    group = mesh.get_group(mesh.ndim - 1)
+    if norm_type == 2:
+        total = norms.square().sum()
+        dist.all_reduce(total, group=group)
+        total = total.sqrt()
+    else:  # a maximum over ranks may lose a NaN
+        both = torch.stack([norms.nan_to_num(nan=0.0, posinf=torch.inf).max(), norms.isnan().any().double()])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+        total = torch.where(both[1] > 0, torch.nan, both[0])
+    total = total.to(wide.dtype)
     torch._foreach_mul_(parts, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 

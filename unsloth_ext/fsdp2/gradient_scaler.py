@@ -32,6 +32,10 @@ class ShardedScaler(ShardedGradScaler):
             for device, value in found.items():
                 found[device] = value.clamp(max=1.0).reshape(())
 
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        # A rank that owns no part of what is trained answers too: the others wait for it.
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16) or {found_inf.device: found_inf}
+
 
 def _hand_over(optimizer) -> None:
     if (hand_over := getattr(optimizer, "_unsloth_ext_hand_over", None)) is not None:

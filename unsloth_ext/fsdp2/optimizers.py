@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import UsageError
+
 __all__ = ["on_local_shards", "step_quickly"]
 
 _ELEMENTWISE = {getattr(torch.optim, name) for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam",
@@ -53,7 +55,11 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     optimizer._unsloth_ext_parts = parts
 
     @torch.no_grad()
-    def hand_over(*_):
+    def hand_over(_=None, args=(), kwargs=None):  # args: the optimizer again, and what `step` was called with
+        if any(callable(one) for one in (*args[1:], *(kwargs or {}).values())):
+            raise UsageError(
+                "an optimizer on local shards takes no closure: the gradients are handed to it before its step"
+            )
         for parameter, part in pairs:
             part.grad = None if parameter.grad is None else parameter.grad.to_local()
 
@@ -83,7 +89,8 @@ def step_quickly(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     else all together (`foreach`, which torch chooses for plain tensors on a card, and for DTensors one by one, 0.1 s a step for the
     adapters of an 8B model), where it was left to torch how.
     """
-    if type(optimizer) in _ELEMENTWISE and not any(group.get("differentiable") for group in optimizer.param_groups):
+    alone = not optimizer.state and not any(group.get("differentiable") for group in optimizer.param_groups)
+    if type(optimizer) in _ELEMENTWISE and alone:  # Adagrad has state from the beginning
         return on_local_shards(optimizer)
     for group in optimizer.param_groups:
         meshes = {getattr(parameter, "device_mesh", None) for parameter in group["params"]}

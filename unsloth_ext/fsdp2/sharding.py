@@ -79,8 +79,8 @@ def shard(
     gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
         lie (see peer_gather.py), on one host only. "auto": by copies among CUDA cards that can, else by the collective.
     adapters: when the layers' trained parameters are gathered and their gradients reduced. "step": once a step, whole on each rank in
-        between (see step_exchange.py). "layer": with each layer. "auto": once a step where three times their whole size is at most
-        1 GiB or 5% of the card, and nothing is offloaded.
+        between (see step_exchange.py). "layer": with each layer. "auto": once a step where three times their whole size, and once
+        that of frozen adapters, is at most 1 GiB or 5% of the card, and nothing is offloaded.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
@@ -112,12 +112,21 @@ def shard(
         root_parameters, kept_whole = _outside(model, [*layers, *ends])
         kept_whole |= _small_in(layers)
         once = step_exchange.places(layers, kept_whole, root_parameters, adapters, cpu_offload)
+        limit = step_exchange.limit_of(device)
     except Exception as problem:
         error = problem
     team = Team("sharding the model", timeout)
     team.agree(error)
-    if once and adapters == "auto":
-        once = step_exchange.affordable(once, device, team)
+    settings = dict(
+        reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload, mixed_precision=policy, residency=residency,
+        gather=gather, adapters=adapters,
+    )  # fmt: skip
+    everyone = team.gather((settings, limit))
+    for name in settings:
+        if len(different := dict.fromkeys(str(one[name]) for one, _ in everyone)) > 1:
+            raise UsageError(f"{name} must be the same on every rank, got {' and '.join(different)}")
+    if adapters == "auto":
+        once = step_exchange.affordable(once, min(limit for _, limit in everyone))
 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward)
@@ -219,7 +228,8 @@ def _outside(model: nn.Module, units: Iterable[nn.Module]) -> tuple[list[nn.Para
 def _small_in(layers: list[nn.Module]) -> set[nn.Parameter]:
     """Their frozen norms and biases."""
     found = (p for layer in layers for p in layer.parameters() if not p.requires_grad and p.ndim == 1)
-    return {p for p in found if p.is_floating_point() and p.numel() * p.itemsize <= _SMALL_ONE}
+    found = (p for p in found if p.is_floating_point() and not isinstance(p, RowShard))
+    return {p for p in found if p.numel() * p.itemsize <= _SMALL_ONE}
 
 
 def _left_to(units: list[nn.Module], once: list[tuple[nn.Module, str]]) -> set[nn.Parameter]:
@@ -313,12 +323,16 @@ def _gather_by(model, layers, ends, mesh, gather: str, offloaded: bool, taken, t
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
-        if module in layers[:-1] and len(shards[-1]) == len(new) > 0:
+        if module in layers and len(shards[-1]) == len(new) > 0:
             alone.append(module)
     hindrance = peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
-    # Without a collective, ranks do not wait for each other. In the last layer they do: who has passed it knows that all have read
-    # this forward's weights. What a backward has read is known by its gradients' reduction.
-    for layer in alone if hindrance is None and mesh.size(mesh.ndim - 1) > 1 else ():
+    # Without a collective, ranks do not wait for each other. In the last layer that a forward gathers they do: who has passed it knows that
+    # all have read this forward's weights. What a backward has read is known by its gradients' reduction.
+    freed = [layer for layer in layers if layer not in model._unsloth_ext_resident]
+    last = [*layers[-1:], *freed[-1:]]
+    for layer in (
+        (layer for layer in alone if layer not in last) if hindrance is None and mesh.size(mesh.ndim - 1) > 1 else ()
+    ):
         layer.set_custom_all_gather(step_exchange.NothingToGather())
     return hindrance
 

@@ -13,19 +13,20 @@ without any collective.
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
 from .nf4_parameter import NF4Shard
 from .row_shard import RowShard
-from .team import Team
 
-__all__ = ["ADAPTERS", "NothingToGather", "affordable", "gather_with_layers", "places"]
+__all__ = ["ADAPTERS", "NothingToGather", "affordable", "gather_with_layers", "limit_of", "places"]
 
 ADAPTERS = ("auto", "step", "layer")
 _SHARE, _LEAST = 0.05, 1 << 30  # of a card's memory, and bytes, that "auto" spends on it
@@ -64,14 +65,17 @@ def places(
     )  # else there are frozen weights that are not in 4 bits
 
 
-def affordable(found: list[tuple[nn.Module, str]], device: torch.device, team: Team) -> list[tuple[nn.Module, str]]:
-    """All of it, what is trained, or nothing: what "auto" exchanges once a step, the same on every rank. A collective."""
-    limit = _LEAST
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-        limit = max(limit, int(_SHARE * memory * fraction))
-    limit = min(team.gather(limit))
+def limit_of(device: torch.device) -> int:
+    """Bytes that "auto" spends on a device."""
+    if device.type != "cuda":
+        return _LEAST
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    return max(_LEAST, int(_SHARE * memory * fraction))
+
+
+def affordable(found: list[tuple[nn.Module, str]], limit: int) -> list[tuple[nn.Module, str]]:
+    """All of it, what is trained, or nothing: what "auto" exchanges once a step. limit: the same on every rank."""
     trained = _trained(found)
     return next((some for some in (found, trained) if 2 * _bytes(trained) + _bytes(some) <= limit), [])
 
@@ -88,48 +92,96 @@ def _parameters(found) -> list[nn.Parameter]:
     return list(dict.fromkeys(module._parameters[name] for module, name in found))
 
 
+_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _after_a_step(*_) -> None:
+    for root in list(_roots):
+        root._unsloth_ext_apart()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_after_a_step)
+
+
 def gather_with_layers(root: nn.Module, layers: list[nn.Module], found: list[tuple[nn.Module, str]]) -> None:
     """Hooks on a sharded model whose root has the layers' trained parameters.
 
     They stay gathered from a training forward to the end of its backward, and are freed at once by a forward without gradients. Code that
     calls the decoder and not the root (TRL's chunked losses) finds them gathered by the first layer, and freed by the last.
+
+    While they are gathered, the modules have plain parameters in the place of this rank's parts. So they are freed too by an optimizer's
+    step, which makes the whole ones old, and before `model.parameters()` is listed, for an optimizer or for `zero_grad`, by which the
+    whole ones would be taken for the model's own. A backward that comes after gathers them again.
     """
     owner, name = found[0]
     reference = weakref.ref(root)
-    by_layer = False  # they were gathered here, not by the root's own forward
+    by_layer = running = False  # they were gathered here, not by the root's own forward; the root's forward runs
 
-    @torch.compiler.disable
-    def gather(module, inputs) -> None:
+    def apart() -> None:
+        """Free what is gathered, unless it is in use."""
+        model = reference()
+        if model is None or running or isinstance(owner._parameters[name], DTensor):
+            return
+        in_backward = torch._C._current_graph_task_id() != -1  # as FSDP2 asks
+        if not in_backward and not getattr(model, "_unsloth_ext_all_gathered", False):
+            model.reshard()
+
+    def gather(*_) -> None:
         nonlocal by_layer
         if isinstance(owner._parameters[name], DTensor) and (model := reference()) is not None:
             model.unshard()
             by_layer = True
 
     @torch.compiler.disable
-    def free(module, inputs, output) -> None:
+    def layer_begins(module, inputs) -> None:
+        gather()
+
+    @torch.compiler.disable
+    def layers_end(module, inputs, output) -> None:
         nonlocal by_layer
-        if by_layer and not torch.is_grad_enabled() and (model := reference()) is not None:
-            model.reshard()
+        if torch.is_grad_enabled():
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+                hidden.register_hook(gather)  # of the root's own output FSDP2 sees to it
+        elif by_layer:
+            apart()
         by_layer = False
 
     for layer in layers:
-        layer.register_forward_pre_hook(gather, prepend=True)
+        layer.register_forward_pre_hook(layer_begins, prepend=True)
         layer._unsloth_ext_adapters = reference  # for sharding.gathered
-    layers[-1].register_forward_hook(free)
+    layers[-1].register_forward_hook(layers_end)
 
     # FSDP2 asks when the forward ends. In between the answer is yes, for `generate`, which passes forward by.
     @torch.compiler.disable
     def begins(module, inputs) -> None:
-        if module._unsloth_ext_reshards and torch.is_grad_enabled():
-            module.set_reshard_after_forward(False, recurse=False)
+        nonlocal running
+        running = True
+        if not getattr(module, "_unsloth_ext_all_gathered", False):
+            module.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
 
     @torch.compiler.disable
     def ended(module, inputs, output) -> None:
-        if module._unsloth_ext_reshards and not getattr(module, "_unsloth_ext_all_gathered", False):
+        nonlocal running
+        running = False
+        if output is not None and not getattr(module, "_unsloth_ext_all_gathered", False):
             module.set_reshard_after_forward(True, recurse=False)
 
+    root.set_reshard_after_forward(True, recurse=False)
     root.register_forward_pre_hook(begins, prepend=True)
-    root.register_forward_hook(ended)
+    root.register_forward_hook(ended, always_call=True)  # after an exception too, with None
+
+    def named_parameters(*args, **kwargs):
+        apart()
+        model = reference()
+        return type(model).named_parameters(model, *args, **kwargs)
+
+    root.named_parameters = named_parameters
+    root._unsloth_ext_apart = apart
+    _roots.add(root)
+    _watch_optimizers()
 
 
 class NothingToGather:

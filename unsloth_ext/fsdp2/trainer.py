@@ -6,7 +6,7 @@ and clips. What the Trainer must do otherwise with shards is little:
 
 * accelerate's `prepare_model` leaves a sharded model where it is, without DDP; a frozen reference model is sharded there too
 * micro-batches before the last of a step are not reduced: accelerate asks the model for `no_sync`, as it asks DDP
-* bitsandbytes' optimizers step on each rank's own part, torch's on all parts at once
+* optimizers step on each rank's own parts, and gradients are clipped there, without the dispatch of DTensors
 * a float16 gradient scaler agrees over ranks whether a step overflowed
 * saving, resuming and loading the best model go through this package's checkpoints (trainer_saving.py)
 
