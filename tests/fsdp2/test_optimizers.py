@@ -20,7 +20,7 @@ def _stepped(rank, world, name, whole, gradients):
         optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in parameters)
     local = not any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
-    return [p.full_tensor() for p in parameters], local
+    return [p.full_tensor().detach() for p in parameters], local
 
 
 NAMES = ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
