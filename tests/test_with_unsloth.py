@@ -138,6 +138,7 @@ def test_a_changed_function_that_a_patch_calls(python, changed_unsloth):
     assert "upstream changed: unsloth_zoo.pad_token.fix_pad_token" in done.stdout
 
 
+@pytest.mark.extended
 def test_under_torchrun_one_rank_speaks(tmp_path, python):
     script = tmp_path / "script.py"
     script.write_text(

@@ -84,7 +84,13 @@ def _uninterrupted(rank, world, folder, data):
 
 
 @pytest.mark.parametrize(
-    "world, when, who", [(4, WHEN[0], (2,)), (2, WHEN[1], (0,)), (2, WHEN[0], (0, 1)), (2, WHEN[2], (0,))]
+    "world, when, who",
+    [
+        pytest.param(4, WHEN[0], (2,), marks=pytest.mark.extended),
+        (2, WHEN[1], (0,)),
+        (2, WHEN[0], (0, 1)),
+        (2, WHEN[2], (0,)),
+    ],
 )
 def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(ranks, checkpoints, tmp_path, world, when, who):
     given = dict(folder=str(checkpoints["nf4"]), data=random.randrange(1 << 30))

@@ -217,7 +217,7 @@ def _odd_orders(rank, world, folder, adapters, reentrant):
     return found
 
 
-@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("reentrant", [None, pytest.param(False, marks=pytest.mark.extended)])
 def test_whatever_comes_between_forward_backward_and_step(ranks, checkpoints, reentrant):
     folder = str(checkpoints["nf4"])
     (expected,) = ranks(1, _odd_orders, folder=folder, adapters=None, reentrant=reentrant)
