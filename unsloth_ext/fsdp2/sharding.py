@@ -398,7 +398,8 @@ def accumulate(model: nn.Module, last: bool) -> None:
 
 @contextlib.contextmanager
 def gathered(*modules: nn.Module):
-    """Within it the parameters of these units are whole, for code that reads them without a forward. A collective.
+    """Within it the parameters of these units are whole, for code that reads them without a forward. Called by every rank, which need not
+    meet in it: where weights are gathered by copies, no rank may drop the model before another has left it.
 
     A unit is a decoder layer, with its adapters, an untied embedding or head, or the model itself, which has what belongs to no other
     unit. Raises `UsageError` for another module with sharded parameters.
