@@ -70,7 +70,7 @@ def test_twenty_steps_equal_one_process(ranks, checkpoints):
         torch.testing.assert_close(mean, torch.tensor(losses), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["tied-16bit", "16bit"])
+@pytest.mark.parametrize("kind", ["tied-16bit", pytest.param("16bit", marks=pytest.mark.extended)])
 def test_other_arrangements_equal_one_process(ranks, checkpoints, kind):
     """From 16 bit; head tied to the embedding; activation checkpointing; no resharding; offload; gathers by copies."""
     one = models.with_lora(models.whole(checkpoints[kind]))

@@ -67,6 +67,7 @@ def test_the_cell_for_colab_says_what_it_needs(tmp_path):
     assert "ValueError: Put the address of this repository into REPOSITORY" in run(colab + cell).stderr
 
 
+@pytest.mark.extended
 def test_llama31_tool_calling(tmp_path):
     for needed in ("unsloth", "trl", "bitsandbytes"):  # not imported here: Unsloth has to come before trl
         if importlib.util.find_spec(needed) is None:
