@@ -81,7 +81,7 @@ def test_other_arrangements_equal_one_process(ranks, checkpoints, kind):
         dict(sharded_load=False, cpu_offload=True, reshard_after_forward=False),
         dict(sharded_load=True, residency="all"),
         dict(sharded_load=True, gather="copies", checkpointing=True),
-        dict(sharded_load=False, gather="copies", residency="all", adapters="layer"),
+        dict(sharded_load=False, gather="copies", residency="all", adapters="auto"),
     ]
     for world, variant in zip((4, 2, 2, 4, 2), variants, strict=True):
         answers = ranks(world, _parity, folder=str(checkpoints[kind]), steps=4, **variant)
@@ -130,7 +130,7 @@ def _on_cards(rank, world, folder, **options):
     "options",
     [
         {"gather": "copies"},
-        {"gather": "copies", "adapters": "layer"},
+        {"gather": "copies", "adapters": "step"},
         {"gather": "collective"},
         {"cpu_offload": True},
         {"gather": "copies", "residency": "all"},

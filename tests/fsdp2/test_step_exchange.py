@@ -241,7 +241,7 @@ def _last_meetings(rank, world, folder, residency):
     model = load(folder, dtype=torch.float32)
     if residency == "one layer":
         residency = gathered_bytes(units_of(model)[0][0])
-    model = shard(models.with_lora(model), residency=residency, gather="copies")
+    model = shard(models.with_lora(model), residency=residency, adapters="step", gather="copies")
     token, tokens = None, models.batches(1, 1)[0]
     for _ in range(2):
         with _meetings() as found, torch.no_grad():
@@ -303,17 +303,17 @@ def _chosen(rank, world, folder):
         first.data = first.data.bfloat16()
         return model
 
-    found = {"small": shard(made())._unsloth_ext_once}
+    found = {"small": shard(made(), adapters="auto")._unsloth_ext_once}
     limit = step_exchange._LEAST
     step_exchange._LEAST = 1000 if rank else limit
     try:
-        found["large on one rank"] = shard(made())._unsloth_ext_once
+        found["large on one rank"] = shard(made(), adapters="auto")._unsloth_ext_once
     finally:
         step_exchange._LEAST = limit
-    found["frozen"] = shard(load(folder, dtype=torch.float32))._unsloth_ext_once
+    found["frozen"] = shard(load(folder, dtype=torch.float32), adapters="auto")._unsloth_ext_once
     model = made()
     layer = model.get_base_model().model.layers[0]
-    shard(model)
+    shard(model, adapters="auto")
     with gathered(layer):
         whole = [tuple(p.shape) for n, p in layer.named_parameters() if "lora_A" in n]
     found["whole"] = set(whole), _sharded_trained(model)

@@ -1,10 +1,9 @@
 """`shard(model)`: fully sharded QLoRA on torch's FSDP2, with its public interface only.
 
 Each decoder layer is a unit: gathered before its forward, freed after it, gathered again for its backward. The input embedding
-and the output head are units of their own, so that they are not gathered while layers run. Adapters belong to the root, which is
-gathered for a whole step, and so does what is left and trained; where they are too large, to their layers (step_exchange.py). What is
-frozen and small, such as norms, stays whole on each rank. A head tied to the embedding is one parameter with two users and belongs to
-the root.
+and the output head are units of their own, so that they are not gathered while layers run. What is left and trained belongs to the root,
+and so may adapters (step_exchange.py). What is frozen and small, such as norms, stays whole on each rank. A head tied to the embedding
+is one parameter with two users and belongs to the root.
 
 What this closes of the gaps in Unsloth 2026.10.9's own FSDP2 (`UNSLOTH_FSDP2=1`; `models/fsdp2_native.py`, `fsdp2_load.py`):
 
@@ -61,7 +60,7 @@ def shard(
     mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
     residency: int | str = 0,
     gather: str = "auto",
-    adapters: str = "auto",
+    adapters: str = "layer",
     timeout: datetime.timedelta | None = None,
 ) -> nn.Module:
     """Shard a transformers (and peft) model in place, 4-bit weights included, and return it. Called by every rank, once.
@@ -78,8 +77,8 @@ def shard(
         accumulated step (see `accumulate`); "all" for no limit.
     gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
         lie (see peer_gather.py), on one host only. "auto": by copies among CUDA cards that can, else by the collective.
-    adapters: when the layers' trained parameters are gathered and their gradients reduced. "step": once a step, whole on each rank in
-        between (see step_exchange.py). "layer": with each layer. "auto": once a step where three times their whole size, and once
+    adapters: when the layers' trained parameters are gathered and their gradients reduced. "layer": with each layer. "step": once a step,
+        whole on each rank in between (see step_exchange.py; not measured on cards yet). "auto": once a step where three times their whole size, and once
         that of frozen adapters, is at most 1 GiB or 5% of the card, and nothing is offloaded.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
@@ -144,7 +143,7 @@ def shard(
         fully_shard(unit, **options, ignored_params=taken)
     _prefetch(model, layers, ends)
     _keep_resident(model, layers, residency, taken)
-    hindrance = _gather_by(model, layers, ends, mesh, gather, cpu_offload, taken, timeout)
+    hindrance = _gather_by(model, layers, ends, mesh, gather, adapters, cpu_offload, taken, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
     model._unsloth_ext_once = bool(once)
@@ -310,7 +309,7 @@ def _prefetcher(layer: nn.Module, following: list[nn.Module]):
     return hook
 
 
-def _gather_by(model, layers, ends, mesh, gather: str, offloaded: bool, taken, timeout) -> str | None:
+def _gather_by(model, layers, ends, mesh, gather: str, adapters: str, offloaded: bool, taken, timeout) -> str | None:
     """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it.
 
     taken: parameters of the layers that they do not gather.
@@ -323,7 +322,7 @@ def _gather_by(model, layers, ends, mesh, gather: str, offloaded: bool, taken, t
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
-        if module in layers and len(shards[-1]) == len(new) > 0:
+        if adapters != "layer" and module in layers and len(shards[-1]) == len(new) > 0:
             alone.append(module)
     hindrance = peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
     # Without a collective, ranks do not wait for each other. In the last layer that a forward gathers they do: who has passed it knows that

@@ -60,9 +60,8 @@ def places(
     if reason or adapters == "layer":
         return []
     trained = _trained(found)
-    return (
-        found if _bytes(found) <= 3 * _bytes(trained) else trained
-    )  # else there are frozen weights that are not in 4 bits
+    # Else there are frozen weights that are not in 4 bits.
+    return found if _bytes(found) <= 3 * _bytes(trained) else trained
 
 
 def limit_of(device: torch.device) -> int:

@@ -40,7 +40,7 @@ class Settings:
     cpu_offload: bool = False
     residency: int | str = 0
     gather: str = "auto"
-    adapters: str = "auto"
+    adapters: str = "layer"
     mixed_precision: str | None = None
     sharded_load: bool = True
 
