@@ -236,7 +236,8 @@ def test_whatever_comes_between_forward_backward_and_step(ranks, checkpoints, re
 
 def _last_meetings(rank, world, folder, residency):
     from unsloth_ext.fsdp2 import load, shard
-    from unsloth_ext.fsdp2.sharding import gathered_bytes, units_of
+    from unsloth_ext.fsdp2.held import gathered_bytes
+    from unsloth_ext.fsdp2.sharding import units_of
 
     model = load(folder, dtype=torch.float32)
     if residency == "one layer":

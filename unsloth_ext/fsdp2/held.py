@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
@@ -9,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .nf4_parameter import NF4Shard
 from .row_shard import RowShard
 
-__all__ = ["base_state", "bytes_held", "packed_state"]
+__all__ = ["base_state", "bytes_held", "gathered_bytes", "packed_state"]
 
 
 def bytes_held(model: nn.Module) -> dict[str, int]:
@@ -39,6 +41,20 @@ def bytes_held(model: nn.Module) -> dict[str, int]:
             local = local.rows if isinstance(local, RowShard) else local
             add("trainable" if parameter.requires_grad else "frozen", local)
     return held
+
+
+def gathered_bytes(unit: nn.Module, taken: Iterable[nn.Parameter] = ()) -> int:
+    """Bytes of a sharded unit's parameters when they are gathered, without those in `taken`."""
+    total, others = 0, {id(p) for p in taken}
+    for parameter in unit.parameters():
+        if id(parameter) in others:
+            continue
+        local = getattr(parameter, "_local_tensor", parameter)
+        if isinstance(local, NF4Shard):
+            total += local.bytes_held() * local.cut.world
+        else:
+            total += parameter.numel() * parameter.itemsize
+    return total
 
 
 def packed_state(model: nn.Module) -> dict[str, DTensor]:

@@ -37,7 +37,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
-from . import peer_gather, step_exchange, switch
+from . import peer_gather, prefetching, step_exchange, switch
+from .held import gathered_bytes
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
@@ -47,7 +48,6 @@ __all__ = ["accumulate", "gathered", "shard", "units_of"]
 
 _SMALL = 1 << 20  # bytes of frozen parameters outside the units that are not worth a gather
 _SMALL_ONE = 1 << 17  # bytes of a frozen parameter in a layer, a norm or a bias, that is not
-_AHEAD = 256 << 20  # bytes of a gathered layer up to which a second one is gathered ahead
 GATHERS = ("auto", "collective", "copies")
 
 
@@ -141,7 +141,7 @@ def shard(
     for unit in units:
         cut_4bit(unit, rank, world, device)
         fully_shard(unit, **options, ignored_params=taken)
-    _prefetch(model, layers, ends)
+    prefetching.arrange(model, layers, ends)
     _keep_resident(model, layers, residency, taken)
     hindrance = _gather_by(model, layers, ends, mesh, gather, adapters, cpu_offload, taken, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
@@ -262,53 +262,6 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _prefetch(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) -> None:
-    """Ask for the next layers' gathers when a layer begins: they run beside the layer, at the price of their memory.
-
-    The next one, and where layers are small the one after it: ranks run apart by some milliseconds, which a gather that is asked
-    for one layer early may not cover. The embedding asks for the first layers, the last layer for the head. The embedding itself
-    is the first thing that a step asks for: it is as large as several layers, and gathered while the host prepares the rest.
-    """
-    depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
-    config = getattr(model, "config", None)
-    if ends and ends[0] is model.get_input_embeddings() and not getattr(config, "is_encoder_decoder", False):
-        ends[0].set_modules_to_forward_prefetch(layers[:depth])
-        model.register_forward_pre_hook(_embedding_first(ends[0]), with_kwargs=True, prepend=True)
-    order = [*layers, *ends[1:]]  # [embedding, head]: a head that is alone is rare, and waits for its own forward
-    for index, layer in enumerate(layers):
-        following = order[index + 1 : index + 1 + depth]
-        if following:
-            layer.register_forward_pre_hook(_prefetcher(layer, following), prepend=True)  # before FSDP2's, which asks
-        before = layers[max(0, index - depth) : index][::-1]
-        # Left alone, FSDP2 asks for what ran before it: for the first layer that is the embedding, which, frozen, has no backward.
-        layer.set_modules_to_backward_prefetch(before or [layer])
-
-
-def _embedding_first(embedding: nn.Module):
-    @torch.compiler.disable
-    def hook(module, args, kwargs) -> None:
-        if kwargs.get("inputs_embeds") is None and (args or kwargs.get("input_ids") is not None):
-            embedding.unshard(async_op=True)
-
-    return hook
-
-
-def _prefetcher(layer: nn.Module, following: list[nn.Module]):
-    """Not when a checkpoint runs the layer again in its backward: the layers after it are done with then, and would be gathered
-    for nothing and stay so until the backward ends."""
-    asks = False
-
-    @torch.compiler.disable
-    def hook(module, inputs) -> None:
-        nonlocal asks
-        wanted = torch._C._current_graph_task_id() == -1  # what torch.utils.checkpoint and FSDP2 know a backward by
-        if asks != wanted:
-            layer.set_modules_to_forward_prefetch(following if wanted else [])
-            asks = wanted
-
-    return hook
-
-
 def _gather_by(model, layers, ends, mesh, gather: str, adapters: str, offloaded: bool, taken, timeout) -> str | None:
     """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it.
 
@@ -339,20 +292,6 @@ def _gather_by(model, layers, ends, mesh, gather: str, adapters: str, offloaded:
 def _shard_of(parameter) -> NF4Shard | None:
     local = getattr(parameter, "_local_tensor", None)
     return local if isinstance(local, NF4Shard) else None
-
-
-def gathered_bytes(unit: nn.Module, taken: Iterable[nn.Parameter] = ()) -> int:
-    """Bytes of a sharded unit's parameters when they are gathered, without those in `taken`."""
-    total, others = 0, {id(p) for p in taken}
-    for parameter in unit.parameters():
-        if id(parameter) in others:
-            continue
-        local = getattr(parameter, "_local_tensor", parameter)
-        if isinstance(local, NF4Shard):
-            total += local.bytes_held() * local.cut.world
-        else:
-            total += parameter.numel() * parameter.itemsize
-    return total
 
 
 def _keep_resident(model: nn.Module, layers: list[nn.Module], residency: int | str, taken) -> None:
