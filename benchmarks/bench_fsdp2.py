@@ -37,10 +37,16 @@ SIDES = {
     "ours": "UNSLOTH_EXT_FSDP2=1, Unsloth's model read in slices",
     "ours-by-step": "the same, adapters gathered and reduced once a step (adapters=step)",
     "ours-collective": "the same, gathered by NCCL (gather=collective)",
+    "ours-by-step-collective": "both: adapters=step,gather=collective",
     "ours-sliced": "unsloth_ext's load and shard, plain transformers and peft",
     "ours-whole": "unsloth_ext's shard, on Unsloth's model loaded whole",
 }
-SWITCHED = {"ours": "", "ours-by-step": ",adapters=step", "ours-collective": ",gather=collective"}
+SWITCHED = {
+    "ours": "",
+    "ours-by-step": ",adapters=step",
+    "ours-collective": ",gather=collective",
+    "ours-by-step-collective": ",adapters=step,gather=collective",
+}
 UPSTREAM = ("upstream-auto", "upstream-sharded")
 PLAIN = ("accelerate", "ours-sliced")  # without Unsloth
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
