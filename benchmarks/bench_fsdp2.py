@@ -35,17 +35,15 @@ SIDES = {
     "upstream-sharded": "Unsloth's FSDP2, sharded",
     "accelerate": "accelerate's FSDP2, plain transformers and peft",
     "ours": "UNSLOTH_EXT_FSDP2=1, Unsloth's model read in slices",
-    "ours-by-step": "the same, adapters gathered and reduced once a step (adapters=step)",
+    "ours-lean": "the same, nothing kept gathered (residency=0)",
     "ours-collective": "the same, gathered by NCCL (gather=collective)",
-    "ours-by-step-collective": "both: adapters=step,gather=collective",
     "ours-sliced": "unsloth_ext's load and shard, plain transformers and peft",
     "ours-whole": "unsloth_ext's shard, on Unsloth's model loaded whole",
 }
-SWITCHED = {
-    "ours": "",
-    "ours-by-step": ",adapters=step",
-    "ours-collective": ",gather=collective",
-    "ours-by-step-collective": ",adapters=step,gather=collective",
+SWITCHED = {  # UNSLOTH_EXT_FSDP2 of these sides
+    "ours": "residency={residency}",
+    "ours-lean": "residency=0",
+    "ours-collective": "residency={residency},gather=collective",
 }
 UPSTREAM = ("upstream-auto", "upstream-sharded")
 PLAIN = ("accelerate", "ours-sliced")  # without Unsloth
@@ -288,7 +286,7 @@ def run_side(side, args, folder: Path) -> dict:
     options += [flag for flag, on in (("--cpu", args.cpu), ("--unsloth", args.unsloth)) if on]
     switches = {"UNSLOTH_FSDP2": "1" if side in UPSTREAM else None, "UNSLOTH_EXT_FSDP2": None}
     if side in SWITCHED:
-        switches["UNSLOTH_EXT_FSDP2"] = f"residency={args.residency}{SWITCHED[side]}"
+        switches["UNSLOTH_EXT_FSDP2"] = SWITCHED[side].format(residency=args.residency)
     name = f"fsdp2_{args.case}_{side}{'_capped' if args.cap_gib else ''}"
     found = launch.run(
         str(Path(__file__)), options, folder / f"{name}-{os.getpid()}.json", 1 if side == "one" else args.nproc, args.limit,
@@ -422,7 +420,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--checkpointing", choices=["unsloth", "true"], help="activation checkpointing")
-    parser.add_argument("--residency", default="0", help="bytes, or all")
+    parser.add_argument("--residency", default="auto", help="bytes, auto or all")
     parser.add_argument("--cap-gib", type=float, help="what a rank may allocate of its card")
     parser.add_argument("--limit", type=int, default=300, help="seconds a side")
     parser.add_argument("--tiny", action="store_true", help="a toy model")
@@ -438,7 +436,7 @@ def parse():
 def main() -> int:
     args = parse()
     if args.worker:
-        args.residency = "all" if args.residency == "all" else int(args.residency)
+        args.residency = args.residency if args.residency in ("auto", "all") else int(args.residency)
         measure(args.worker, args)
         return 0
     import record

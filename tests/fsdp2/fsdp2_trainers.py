@@ -26,7 +26,7 @@ def torchrun(rank, world, **settings):
         )  # fmt: skip  # the process group is there already, over a file
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    fsdp2.enable(**{"adapters": "auto"} | settings)
+    fsdp2.enable(**settings)
     try:
         yield
     finally:

@@ -80,7 +80,7 @@ def test_configurations_and_optimizers(ranks, checkpoints, tmp_path, one_process
         environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
                        "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # fmt: skip
     elif case == "residency":
-        settings, changes = {"residency": "all", "sharded_load": False, "adapters": "layer"}, {"optim": "adamw_torch"}
+        settings, changes = {"residency": "all", "sharded_load": False}, {"optim": "adamw_torch"}
     else:
         changes = {"optim": "adamw_bnb_8bit"}
     for losses, norms, facts in ranks(

@@ -18,6 +18,7 @@ from unsloth_ext.fsdp2 import switch
     ("cpu_offload", switch.Settings(cpu_offload=True)),
     ("residency=2GiB, reshard_after_forward=false", switch.Settings(residency=2 << 30, reshard_after_forward=False)),
     ("residency=all,mixed_precision=bf16", switch.Settings(residency="all", mixed_precision="bfloat16")),
+    ("residency=auto", switch.Settings()), ("residency=0", switch.Settings(residency=0)),
     ("sharded_load=0,residency=1.5MiB", switch.Settings(sharded_load=False, residency=3 << 19)),
 ])  # fmt: skip
 def test_the_variable_is_read(text, expected):

@@ -55,5 +55,4 @@ def all_gathered(model: nn.Module):
         model._unsloth_ext_all_gathered = before
         for unit in units:
             keeps = unit in model._unsloth_ext_resident or not model._unsloth_ext_reshards
-            keeps = keeps and not (unit is model and model._unsloth_ext_once)
             unit.set_reshard_after_forward(not keeps, recurse=False)

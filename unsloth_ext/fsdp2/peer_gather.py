@@ -5,13 +5,13 @@ A frozen shard never changes, so no rank has to take part when another reads it.
 collective costs for these bytes goes away with it: the multiprocessors that NCCL's kernels take from the matrix products, the copy
 into the collective's input and the one out of its output, and those two buffers.
 
-FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained. A unit that trains nothing has no collective left
-(step_exchange.py), but for the last one of a forward. For FSDP2 a weight is a token of 16 bytes; its stream order does the rest:
+FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained: a small collective stays for each unit, in
+which the ranks wait for each other as before. Per weight it carries a token of 16 bytes; its stream order does the rest:
 
 * FSDP2 asks for a weight's input (`fsdp_pre_all_gather`) on its copy-in stream. There the unit's copies are queued, behind what
   the compute stream has been given so far: the memory may have been a freed tensor of that stream a moment ago.
-* What FSDP2 has for the collective of tokens and adapters comes after the copies, and the compute stream waits for it. Where it is one,
-  who has passed it knows that all have read its shards and those before it, and may end.
+* The collective of tokens and adapters comes after the copies on every rank, and the compute stream waits for it. So who has
+  passed a unit's collective knows that all have read its shards, and may end.
 * All weights of a unit are one buffer, made and freed as one.
 """
 

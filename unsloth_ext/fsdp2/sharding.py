@@ -1,9 +1,9 @@
 """`shard(model)`: fully sharded QLoRA on torch's FSDP2, with its public interface only.
 
 Each decoder layer is a unit: gathered before its forward, freed after it, gathered again for its backward. The input embedding
-and the output head are units of their own, so that they are not gathered while layers run. What is left and trained belongs to the root,
-and so may adapters (step_exchange.py). What is frozen and small, such as norms, stays whole on each rank. A head tied to the embedding
-is one parameter with two users and belongs to the root.
+and the output head are units of their own, so that they are not gathered while layers run. What is left and trained belongs to the
+root. What is frozen and small, such as norms, stays whole on each rank. A head tied to the embedding is one parameter with two users
+and belongs to the root.
 
 What this closes of the gaps in Unsloth 2026.10.9's own FSDP2 (`UNSLOTH_FSDP2=1`; `models/fsdp2_native.py`, `fsdp2_load.py`):
 
@@ -37,8 +37,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
-from . import peer_gather, prefetching, step_exchange, switch
-from .held import gathered_bytes
+from . import kept_layers, peer_gather, prefetching, switch
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
@@ -58,9 +57,8 @@ def shard(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
     mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
-    residency: int | str = 0,
+    residency: int | str = "auto",
     gather: str = "auto",
-    adapters: str = "layer",
     timeout: datetime.timedelta | None = None,
 ) -> nn.Module:
     """Shard a transformers (and peft) model in place, 4-bit weights included, and return it. Called by every rank, once.
@@ -73,13 +71,11 @@ def shard(
         NCCL: `init_process_group("cpu:gloo,cuda:nccl")`.
     mixed_precision: a dtype that parameters which are not NF4 are gathered in (gradients are reduced in float32), or a policy. If
         None each parameter computes in its own dtype, as on one device.
-    residency: bytes of gathered units that a rank may keep from forward to backward and over the micro-batches of an
-        accumulated step (see `accumulate`); "all" for no limit.
+    residency: bytes of gathered layers that a rank may keep from forward to backward and over the micro-batches of an accumulated
+        step (see `accumulate`), the last layers first; "all" for no limit, 0 for the least memory. "auto": 5% of the memory that it
+        may use of its card (the smallest of all ranks), nothing with cpu_offload, on a CPU, or where nothing is trained.
     gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
         lie (see peer_gather.py), on one host only. "auto": by copies among CUDA cards that can, else by the collective.
-    adapters: when the layers' trained parameters are gathered and their gradients reduced. "layer": with each layer. "step": once a step,
-        whole on each rank in between (see step_exchange.py; not measured on cards yet). "auto": once a step where three times their whole size, and once
-        that of frozen adapters, is at most 1 GiB or 5% of the card, and nothing is offloaded.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
@@ -96,8 +92,8 @@ def shard(
     try:
         if not isinstance(reshard_after_forward, bool):
             raise UsageError(f"reshard_after_forward must be True or False, got {reshard_after_forward!r}")
-        if residency != "all" and (not isinstance(residency, int) or residency < 0):
-            raise UsageError(f"residency must be a number of bytes or 'all', got {residency!r}")
+        if residency not in ("auto", "all") and (not isinstance(residency, int) or residency < 0):
+            raise UsageError(f"residency must be a number of bytes, 'auto' or 'all', got {residency!r}")
         if gather not in GATHERS or (gather == "copies" and cpu_offload):
             known = " or ".join(GATHERS[:2] if cpu_offload else GATHERS)
             raise UsageError(f"gather must be {known}{' with cpu_offload' if cpu_offload else ''}, got {gather!r}")
@@ -110,45 +106,43 @@ def shard(
         layers, ends = units_of(model)
         root_parameters, kept_whole = _outside(model, [*layers, *ends])
         kept_whole |= _small_in(layers)
-        once = step_exchange.places(layers, kept_whole, root_parameters, adapters, cpu_offload)
-        limit = step_exchange.limit_of(device)
+        trains = any(p.requires_grad for p in model.parameters())
+        limit = kept_layers.limit_of(device) if trains and not cpu_offload else 0
     except Exception as problem:
         error = problem
     team = Team("sharding the model", timeout)
     team.agree(error)
     settings = dict(
         reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload, mixed_precision=policy, residency=residency,
-        gather=gather, adapters=adapters,
+        gather=gather,
     )  # fmt: skip
     everyone = team.gather((settings, limit))
     for name in settings:
         if len(different := dict.fromkeys(str(one[name]) for one, _ in everyone)) > 1:
             raise UsageError(f"{name} must be the same on every rank, got {' and '.join(different)}")
-    if adapters == "auto":
-        once = step_exchange.affordable(once, min(limit for _, limit in everyone))
+    if residency == "auto":
+        residency = min(limit for _, limit in everyone)
+    elif residency == "all":
+        residency = float("inf")
 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward)
     for parameter in kept_whole:
         parameter.data = parameter.data.to(device=device, dtype=policy.param_dtype or parameter.dtype)
-    # The root first: once a layer is a unit, the root cannot have a parameter of it.
-    units = [*layers, *ends]
-    cut_4bit(model, rank, world, device, without=units)
-    _move_rest(model, device)
-    fully_shard(model, **options, ignored_params=kept_whole | _left_to(units, once))
-    taken = kept_whole | {module._parameters[name] for module, name in once}
     # A unit is cut before the next is touched: a model that is whole on the card gives its memory back layer by layer.
-    for unit in units:
+    for unit in (*layers, *ends):
         cut_4bit(unit, rank, world, device)
-        fully_shard(unit, **options, ignored_params=taken)
+        fully_shard(unit, **options, ignored_params=kept_whole)
+    cut_4bit(model, rank, world, device)
+    _move_rest(model, device)
+    fully_shard(model, **options, ignored_params=kept_whole)
     prefetching.arrange(model, layers, ends)
-    _keep_resident(model, layers, residency, taken)
-    hindrance = _gather_by(model, layers, ends, mesh, gather, adapters, cpu_offload, taken, timeout)
+    model._unsloth_ext_resident = kept_layers.keep(layers, residency, kept_whole)
+    kept = (model._unsloth_ext_resident, ()) if reshard_after_forward else (layers, ends)
+    kept_layers.free_in_time(model, *kept, root_trains=any(p.requires_grad for p in root_parameters))
+    hindrance = _gather_by(model, layers, ends, mesh, gather, cpu_offload, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
-    model._unsloth_ext_once = bool(once)
-    if once:
-        step_exchange.gather_with_layers(model, layers, once)
     _initialise(model)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by
@@ -231,18 +225,10 @@ def _small_in(layers: list[nn.Module]) -> set[nn.Parameter]:
     return {p for p in found if p.numel() * p.itemsize <= _SMALL_ONE}
 
 
-def _left_to(units: list[nn.Module], once: list[tuple[nn.Module, str]]) -> set[nn.Parameter]:
-    """The units' parameters without those that are exchanged once a step."""
-    return {p for unit in units for p in unit.parameters()} - {module._parameters[name] for module, name in once}
-
-
-def cut_4bit(module: nn.Module, rank: int, world: int, device: torch.device, without: Iterable[nn.Module] = ()) -> None:
-    """Replace each whole 4-bit weight by this rank's part, and drop the references to the whole; not within `without`."""
+def cut_4bit(module: nn.Module, rank: int, world: int, device: torch.device) -> None:
+    """Replace each whole 4-bit weight by this rank's part, and drop the references to the whole."""
     known: dict[int, nn.Parameter] = {}
-    others = {inner for unit in without for inner in unit.modules()}
     for owner in module.modules():
-        if owner in others:
-            continue
         for name, parameter in list(owner._parameters.items()):
             if isinstance(parameter, Params4bit):
                 if id(parameter) not in known:
@@ -262,48 +248,22 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _gather_by(model, layers, ends, mesh, gather: str, adapters: str, offloaded: bool, taken, timeout) -> str | None:
-    """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it.
-
-    taken: parameters of the layers that they do not gather.
-    """
+def _gather_by(model, layers, ends, mesh, gather: str, offloaded: bool, timeout) -> str | None:
+    """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it."""
     if gather == "collective" or offloaded or (gather == "auto" and mesh.device_type != "cuda"):
         return None
-    shards, alone, seen = [], [], {id(p) for p in taken}
+    shards, seen = [], set()
     for module in (*layers, *ends, model):  # the model: what no unit has
         # A shared one is gathered and freed with its first unit.
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
-        if adapters != "layer" and module in layers and len(shards[-1]) == len(new) > 0:
-            alone.append(module)
-    hindrance = peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
-    # Without a collective, ranks do not wait for each other. In the last layer that a forward gathers they do: who has passed it knows that
-    # all have read this forward's weights. What a backward has read is known by its gradients' reduction.
-    freed = [layer for layer in layers if layer not in model._unsloth_ext_resident]
-    last = [*layers[-1:], *freed[-1:]]
-    for layer in (
-        (layer for layer in alone if layer not in last) if hindrance is None and mesh.size(mesh.ndim - 1) > 1 else ()
-    ):
-        layer.set_custom_all_gather(step_exchange.NothingToGather())
-    return hindrance
+    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
 
 
 def _shard_of(parameter) -> NF4Shard | None:
     local = getattr(parameter, "_local_tensor", None)
     return local if isinstance(local, NF4Shard) else None
-
-
-def _keep_resident(model: nn.Module, layers: list[nn.Module], residency: int | str, taken) -> None:
-    left = float("inf") if residency == "all" else residency
-    resident = []
-    for layer in reversed(layers):  # the last is gathered for the shortest time
-        if (needed := gathered_bytes(layer, taken)) > left:
-            break
-        left -= needed
-        layer.set_reshard_after_forward(False, recurse=False)
-        resident.append(layer)
-    model._unsloth_ext_resident = tuple(resident)
 
 
 def _initialise(model: nn.Module) -> None:
@@ -324,20 +284,19 @@ def _initialise(model: nn.Module) -> None:
 def accumulate(model: nn.Module, last: bool) -> None:
     """Say before each micro-batch whether it is the last of its step.
 
-    Before the last one gradients stay on each rank, unreduced, and the units within `residency` stay gathered after their
-    backward, as do adapters that are exchanged once a step.
+    Before the last one gradients stay on each rank, unreduced, and the layers within `residency` stay gathered after their
+    backward: they are gathered once a step.
     """
     if not isinstance(model, FSDPModule):
         raise UsageError("accumulate needs the model that shard() returned")
     model.set_requires_gradient_sync(last)
-    for unit in (*model._unsloth_ext_resident, *([model] if model._unsloth_ext_once else ())):
-        unit.set_reshard_after_backward(last, recurse=False)
+    for layer in model._unsloth_ext_resident:
+        layer.set_reshard_after_backward(last, recurse=False)
 
 
 @contextlib.contextmanager
 def gathered(*modules: nn.Module):
-    """Within it the parameters of these units are whole, for code that reads them without a forward. Called by every rank, which need not
-    meet in it: where weights are gathered by copies, no rank may drop the model before another has left it.
+    """Within it the parameters of these units are whole, for code that reads them without a forward. A collective.
 
     A unit is a decoder layer, with its adapters, an untied embedding or head, or the model itself, which has what belongs to no other
     unit. Raises `UsageError` for another module with sharded parameters.
@@ -345,10 +304,9 @@ def gathered(*modules: nn.Module):
     for module in modules:
         if not isinstance(module, FSDPModule) and any(isinstance(p, DTensor) for p in module.parameters()):
             raise UsageError(f"{type(module).__name__} is no unit of its own", "Pass its decoder layer, or the model.")
-    roots = (module._unsloth_ext_adapters() for module in modules if hasattr(module, "_unsloth_ext_adapters"))
     opened = []
     try:
-        for module in dict.fromkeys([*filter(None, roots), *modules]):
+        for module in modules:
             if isinstance(module, FSDPModule):
                 module.unshard()
                 opened.append(module)

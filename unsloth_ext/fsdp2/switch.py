@@ -31,16 +31,16 @@ _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 class Settings:
     """What `shard` and `load` are called with. See their docstrings.
 
-    reshard_after_forward, cpu_offload, residency, gather, adapters, mixed_precision ("bfloat16", "float16" or "float32"): as in
-        `shard`.
+    reshard_after_forward, cpu_offload, gather, mixed_precision ("bfloat16", "float16" or "float32"): as in `shard`.
+    residency: layers that stay gathered from forward to backward, as in `shard`: "auto" (at most 5% of the card), "all", or a number
+        of bytes; 0 for the least memory.
     sharded_load: from_pretrained of a 4-bit model reads each rank's part only. False: whole on every rank, then cut.
     """
 
     reshard_after_forward: bool = True
     cpu_offload: bool = False
-    residency: int | str = 0
+    residency: int | str = "auto"
     gather: str = "auto"
-    adapters: str = "layer"
     mixed_precision: str | None = None
     sharded_load: bool = True
 
@@ -49,12 +49,10 @@ class Settings:
             if not isinstance(value := getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, got {value!r}")
         size = self.residency
-        if size != "all" and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise UsageError(f"residency must be a number of bytes, such as 2GiB, or 'all', got {size!r}")
+        if size not in ("auto", "all") and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+            raise UsageError(f"residency must be a number of bytes, such as 2GiB, 'auto' or 'all', got {size!r}")
         if self.gather not in ("auto", "collective", "copies"):
             raise UsageError(f"gather must be auto, collective or copies, got {self.gather!r}")
-        if self.adapters not in ("auto", "step", "layer"):
-            raise UsageError(f"adapters must be auto, step or layer, got {self.adapters!r}")
         if self.mixed_precision not in (None, "bfloat16", "float16", "float32"):
             raise UsageError(f"mixed_precision must be bfloat16, float16 or float32, got {self.mixed_precision!r}")
 

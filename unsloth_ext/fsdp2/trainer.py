@@ -87,8 +87,7 @@ def _shard_with(model: nn.Module, settings: switch.Settings, device) -> nn.Modul
     precision = settings.mixed_precision and getattr(torch, settings.mixed_precision)
     model = shard(
         model, default_mesh(device), reshard_after_forward=settings.reshard_after_forward,
-        cpu_offload=settings.cpu_offload, residency=settings.residency, gather=settings.gather, adapters=settings.adapters,
-        mixed_precision=precision,
+        cpu_offload=settings.cpu_offload, residency=settings.residency, gather=settings.gather, mixed_precision=precision,
     )  # fmt: skip
     model._unsloth_ext_settings = settings, device  # for the reference model of this policy
     return serve(model)
