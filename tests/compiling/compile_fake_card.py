@@ -72,9 +72,14 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.trainer import Trainer
 from unsloth.models import llama as unsloth_llama
+from unsloth.utils import attention_dispatch
+
+attention_dispatch._sdpa_choice = lambda *args: attention_dispatch._CUDNN_CHOICE  # as a Hopper card answers
+attention_dispatch._sdpa_gqa_choices = lambda *args, **kwargs: (attention_dispatch._CUDNN_CHOICE,) * 2
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 MAX_LENGTH = 2048
+BUCKET = attention_dispatch._CUDNN_LENGTH_BUCKET
 
 
 def tensors():

@@ -14,8 +14,6 @@ import json, torch, unsloth_ext
 from unsloth.utils import attention_dispatch as dispatch
 
 found = {"state": {s.id: s.state for s in unsloth_ext.status()}["compiling.unpadded_attention"]}
-dispatch._sdpa_choice = lambda *args: dispatch._CUDNN_CHOICE  # as a Hopper card answers
-dispatch._sdpa_gqa_choices = lambda *args, **kwargs: (dispatch._CUDNN_CHOICE, dispatch._CUDNN_CHOICE)
 graphs = []
 
 
@@ -52,6 +50,7 @@ def traced(lengths, dynamic):
 
 several = (130, 256, 512, 128, *OTHERS)
 found["dynamic"], found["fixed"] = traced(several, True), traced((256, 200), False)
+found["full"], found["full first"] = traced((256, 512, 4096, 128), True), traced((256, 512, 200, 384, *OTHERS, 128), True)
 found["first fixed, then not"] = traced((256, 256, 200, 512, 77), None)
 
 original, patched = dispatch._cudnn_length_bucketed_sdpa.__wrapped__, dispatch._cudnn_length_bucketed_sdpa
@@ -97,7 +96,10 @@ def test_only_lengths_that_need_it_are_padded(python):
     process = python(script, path=(Path(__file__).parent, Path(__file__).parents[2]), UNSLOTH_ALLOW_CPU="1")
     found = json.loads(process.stdout.rpartition("FOUND")[2])
     assert found["state"] == "applied"
-    assert found["dynamic"] == [3]  # one graph for all lengths, which pads query, key and value
+    assert found["dynamic"] == [
+        3
+    ]  # one graph for all lengths, which pads query, key and value: the first length needs it
+    assert found["full"] == [0] and found["full first"] == [0, 3]
     assert found["fixed"] == [0, 3] and found["first fixed, then not"] == [0, 3] and found["off"] == [3]
     assert max(worst for worst, _ in found["apart"].values()) < 1e-12
     # The lengths that SDPA was called with: by the patched function, then by Unsloth's.

@@ -347,10 +347,17 @@ def test_on_the_installed_unsloth():
 
 def test_the_switch(monkeypatch):
     (patch,) = PATCHES
+    twice = type(
+        "Twice", (torch.autograd.Function,), dict.fromkeys(("forward", "backward"), staticmethod(lambda ctx, x: x * 2))
+    )
+    module = types.SimpleNamespace(TRACE_LORA_FUNCTIONS=True, LoRA_MLP=twice, LoRA_QKV=twice, LoRA_W=twice)
     monkeypatch.delenv("UNSLOTH_EXT_SIDE_BY_SIDE", raising=False)
-    assert patch.is_switched_off
-    monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "1")
     assert not patch.is_switched_off
+    cards = torch.cuda.device_count()
+    measured = cards and {torch.cuda.get_device_capability(i) for i in range(cards)} == {(9, 0)}
+    assert len(patch.changes(module, None)) == (3 if measured else 0)  # by itself only where it was measured
+    monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "1")
+    assert not patch.is_switched_off and len(patch.changes(module, None)) == 3
     monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "0")
     assert patch.is_switched_off
 

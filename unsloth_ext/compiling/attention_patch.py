@@ -3,7 +3,13 @@
 Where SDPA picks cuDNN (Hopper, torch 2.11 and newer), `_cudnn_length_bucketed_sdpa` bounds the number of cuDNN's plans by rounding
 lengths up to a multiple of 128, and always by one row at least, since a padding of zero rows would specialise a graph with
 symbolic lengths. A full row of 4096 tokens so becomes 4224: three copies, a copy of the sliced output that is kept beside
-the first, and a copy of its gradient. Outside of such a graph the length is known, and can be asked.
+the first, and a copy of its gradient.
+
+Outside of such a graph the length is known, and can be asked. In one it cannot be asked without a guard, so a graph asks only where the
+length that it is traced with is full: then it is for full lengths, and the first length that is not brings a second graph, for all
+lengths. A graph that is traced with another length serves all of them, full ones padded, as upstream's does: whoever trains on
+batches of any length gets no recompilation for a full one among a hundred. One operator for both, which asks when it runs, was
+quicker on full rows and slower on short ones, where the host is the limit (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -16,27 +22,51 @@ _DISPATCH = "unsloth.utils.attention_dispatch"
 _SINCE = ">=2026.10.9"
 
 
+_full = False  # whether the length that a graph is being traced with fills the bucket: graphs are traced one at a time
+
+
+def _look(frame) -> None:
+    """While a graph is traced, at the caller's `length` and `bucket`, without a guard."""
+    global _full
+    length, bucket = (frame.get_local(name) for name in ("length", "bucket"))
+    length = length.as_python_constant() if length.is_python_constant() else length.as_fake()
+    node = getattr(length, "node", None)
+    known = length if node is None else node.hint
+    _full = known is not None and int(known) % bucket.as_python_constant() == 0
+
+
 def _bucketed(original):
+    import torch
+    from torch._dynamo.comptime import comptime
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     around = original.__globals__  # read at each call: the bucket, and SDPA as context parallelism may have replaced it
+    traced_with_a_full_length = torch.compiler.assume_constant_result(_is_full)
 
     @functools.wraps(original)
     def _cudnn_length_bucketed_sdpa(Q, K, V, *args, **kwargs):
-        if statically_known_true(
-            Q.shape[-2] % around["_CUDNN_LENGTH_BUCKET"] == 0
-        ):  # a number, or a graph for it alone
+        length, bucket = Q.shape[-2], around["_CUDNN_LENGTH_BUCKET"]
+        if torch.compiler.is_dynamo_compiling():
+            comptime(_look)
+            fills = traced_with_a_full_length() and length % bucket == 0
+        else:
+            fills = statically_known_true(length % bucket == 0)
+        if fills:
             return around["scaled_dot_product_attention"](Q, K, V, *args, **kwargs)
         return original(Q, K, V, *args, **kwargs)
 
     return _cudnn_length_bucketed_sdpa
 
 
+def _is_full() -> bool:
+    return _full
+
+
 PATCHES = (
     Patch(
         id="compiling.unpadded_attention",
         challenge="C",
-        summary="rows whose length is a multiple of 128 already are not padded for cuDNN, but in graphs with symbolic lengths",
+        summary="rows whose length is a multiple of 128 already are not padded for cuDNN",
         targets=(
             Target(
                 _DISPATCH, "_cudnn_length_bucketed_sdpa", _SINCE, ("cc2726ab3996ddfe",), patched=("668498a0e96aeef7",)

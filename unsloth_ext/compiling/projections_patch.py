@@ -1,18 +1,32 @@
 """What the room changes in Unsloth's LoRA functions: while a graph is traced, their products go side by side (projections.py).
 
 The three names `LoRA_MLP`, `LoRA_QKV` and `LoRA_W` stand for objects whose `apply` chooses. Outside of a trace, and for what
-`projections.refusal` names, dropout, a bias or another activation than SwiGLU, it is Unsloth's own.
+`projections.refusal` names, dropout, a bias or another activation than SwiGLU, it is Unsloth's own. On by itself where it was measured
+to be faster, UNSLOTH_EXT_SIDE_BY_SIDE=1 elsewhere.
 """
 
 from __future__ import annotations
+
+import os
 
 from ..patching import Patch, SetAttribute, Target
 
 _LORA, _SWIGLU = "unsloth.kernels.fast_lora", "unsloth.kernels.swiglu"
 _SINCE = ">=2026.10.9"
+_SWITCH = "UNSLOTH_EXT_SIDE_BY_SIDE"
+_FASTER = {(9, 0)}  # compute capabilities: an H200, the whole step of the 8B shape 4% (benchmarks/NOTES.md)
+
+
+def _is_faster_here() -> bool:
+    import torch
+
+    cards = range(torch.cuda.device_count())
+    return len(cards) > 0 and all(torch.cuda.get_device_capability(card) in _FASTER for card in cards)
 
 
 def _side_by_side(module, target):
+    if not os.environ.get(_SWITCH) and not _is_faster_here():
+        return []
     if not module.TRACE_LORA_FUNCTIONS:  # torch before 2.11 runs them outside of the graph
         return []
     routes = {"LoRA_MLP": _mlp, "LoRA_QKV": _qkv, "LoRA_W": _linear}
@@ -102,7 +116,8 @@ PATCHES = (
             Target("unsloth.kernels.utils", "matmul_lora", _SINCE, ("3382a29ecb3b3264",)),
         ),
         changes=_side_by_side,
-        run_time_only="it goes upstream when it has been measured on a card",
-        switch="UNSLOTH_EXT_SIDE_BY_SIDE",
+        run_time_only="a thousand lines of Triton and CUDA go with it",
+        switch=_SWITCH,
+        on_unless_switched_off=True,
     ),
 )
