@@ -128,16 +128,16 @@ class UnitGather:
         return [self.buffer[at : at + size * self.world] for _, at, size in self.places[index]]
 
 
-def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None) -> str | None:
+def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, rows=None) -> str | None:
     """Gather these units by copies. A collective. None, or what stands against it on some rank: then nothing has changed.
 
-    units: sharded NF4 weights by FSDP2 unit, in the same order on every rank.
+    units: sharded NF4 weights by FSDP2 unit, in the same order on every rank. rows: `EmbeddingRows`, or None.
     """
     rank, world = position(mesh)
     ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
     team = Team("sharing memory between ranks", timeout)
     device = units[0][0].fields.packed.device if units and units[0] else torch.device(mesh.device_type)
-    units = units if world > 1 else []
+    units, rows = (units, rows) if world > 1 else ([], None)
     memory = identity = reason = None
     try:
         memory = peer_memory.of_device(device)
@@ -152,7 +152,7 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None) -> str 
     everyone = [everyone[r] for r in ranks]
     if len({host for _, host, _ in everyone}) > 1:
         reason = "the ranks are on several hosts"
-    elif units:
+    elif units or rows:
         try:
             reason = memory.out_of_reach([identity for _, _, identity in everyone])
         except Exception as error:
@@ -160,18 +160,20 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None) -> str 
     if reason := _first(team.gather(reason)):
         return reason
     try:
-        return _connect(units, ranks, rank, memory, device, team)
+        return _connect(units, rows, ranks, rank, memory, device, team)
     finally:
         if isinstance(memory, peer_memory.HostMemory):
             memory.forget()
 
 
-def _connect(units, ranks: list[int], rank: int, memory, device: torch.device, team: Team) -> str | None:
-    made: list[UnitGather] = []
+def _connect(units, rows, ranks: list[int], rank: int, memory, device: torch.device, team: Team) -> str | None:
+    made: list = []
     offers: list | str = []
     try:
-        for shards in units:
-            made.append(UnitGather(shards, len(ranks), memory))
+        if rows is not None:
+            rows.memory = memory
+        for one in (*units, *([] if rows is None else [rows])):
+            made.append(UnitGather(one, len(ranks), memory) if isinstance(one, list) else one)
             made[-1].move_in()
             offers.append(memory.offer(made[-1].part))
         if device.type == "cuda":

@@ -10,7 +10,7 @@ from torch import nn
 
 from .held import gathered_bytes
 
-__all__ = ["arrange"]
+__all__ = ["arrange", "first_layer_first"]
 
 _AHEAD = 256 << 20  # bytes of a gathered layer up to which a second one is gathered ahead
 
@@ -23,11 +23,12 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) ->
     is the first thing that a step asks for: it is as large as several layers, and gathered while the host prepares the rest.
     """
     depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     config = getattr(model, "config", None)
-    if ends and ends[0] is model.get_input_embeddings() and not getattr(config, "is_encoder_decoder", False):
+    if ends and ends[0] is embedding and not getattr(config, "is_encoder_decoder", False):
         ends[0].set_modules_to_forward_prefetch(layers[:depth])
         model.register_forward_pre_hook(_embedding_first(ends[0]), with_kwargs=True, prepend=True)
-    order = [*layers, *ends[1:]]  # [embedding, head]: a head that is alone is rare, and waits for its own forward
+    order = [*layers, *(end for end in ends if end is not embedding)]
     for index, layer in enumerate(layers):
         following = order[index + 1 : index + 1 + depth]
         if following:
@@ -35,6 +36,11 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) ->
         before = layers[max(0, index - depth) : index][::-1]
         # Left alone, FSDP2 asks for what ran before it: for the first layer that is the embedding, which, frozen, has no backward.
         layer.set_modules_to_backward_prefetch(before or [layer])
+
+
+def first_layer_first(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Where the embedding is read by rows: ask for the first layer when the model begins. Once FSDP2 has been initialised, which asks too."""
+    model.set_modules_to_forward_prefetch(layers[:1])
 
 
 def _embedding_first(embedding: nn.Module):

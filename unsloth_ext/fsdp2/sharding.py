@@ -1,7 +1,8 @@
 """`shard(model)`: fully sharded QLoRA on torch's FSDP2, with its public interface only.
 
 Each decoder layer is a unit: gathered before its forward, freed after it, gathered again for its backward. The input embedding
-and the output head are units of their own, so that they are not gathered while layers run. What is left and trained belongs to the
+and the output head are units of their own, so that they are not gathered while layers run; where weights come by copies, a frozen
+embedding is never gathered (embedding_rows.py). What is left and trained belongs to the
 root. What is frozen and small, such as norms, stays whole on each rank. A head tied to the embedding is one parameter with two users
 and belongs to the root.
 
@@ -38,6 +39,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
 from . import kept_layers, peer_gather, prefetching, switch
+from .embedding_rows import EmbeddingRows, can_be_read_by_rows
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
 from .row_shard import RowShard
@@ -130,20 +132,29 @@ def shard(
     for parameter in kept_whole:
         parameter.data = parameter.data.to(device=device, dtype=policy.param_dtype or parameter.dtype)
     # A unit is cut before the next is touched: a model that is whole on the card gives its memory back layer by layer.
+    by_copies = gather == "copies" or (gather == "auto" and mesh.device_type == "cuda" and not cpu_offload)
+    rows = None
+    if by_copies and world > 1 and ends and ends[0] is model.get_input_embeddings() and can_be_read_by_rows(ends[0]):
+        rows = EmbeddingRows(ends.pop(0), mesh, rank, world, device, policy.param_dtype)
     for unit in (*layers, *ends):
         cut_4bit(unit, rank, world, device)
         fully_shard(unit, **options, ignored_params=kept_whole)
     cut_4bit(model, rank, world, device)
     _move_rest(model, device)
-    fully_shard(model, **options, ignored_params=kept_whole)
+    fully_shard(model, **options, ignored_params=kept_whole | ({rows.embedding.weight} if rows else set()))
+    hindrance = _connect(model, layers, ends, mesh, rows, timeout) if by_copies else None
+    if rows and hindrance:
+        fully_shard(rows.embedding, **options)
+        ends.insert(0, rows.embedding)
     prefetching.arrange(model, layers, ends)
     model._unsloth_ext_resident = kept_layers.keep(layers, residency, kept_whole)
     kept = (model._unsloth_ext_resident, ()) if reshard_after_forward else (layers, ends)
     kept_layers.free_in_time(model, *kept, root_trains=any(p.requires_grad for p in root_parameters))
-    hindrance = _gather_by(model, layers, ends, mesh, gather, cpu_offload, timeout)
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
     _initialise(model)
+    if rows and not hindrance:
+        prefetching.first_layer_first(model, layers)
     if root_parameters and hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")  # it calls inner forwards that pass the root's hooks by
     if hindrance and gather == "auto":
@@ -248,17 +259,15 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _gather_by(model, layers, ends, mesh, gather: str, offloaded: bool, timeout) -> str | None:
-    """Connect the ranks for gathers by copies where that is wished for and possible. Returns what stands against it."""
-    if gather == "collective" or offloaded or (gather == "auto" and mesh.device_type != "cuda"):
-        return None
+def _connect(model, layers, ends, mesh, rows: EmbeddingRows | None, timeout) -> str | None:
+    """Connect the ranks for gathers by copies. Returns what stands against it."""
     shards, seen = [], set()
     for module in (*layers, *ends, model):  # the model: what no unit has
         # A shared one is gathered and freed with its first unit.
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
-    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout)
+    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout, rows)
 
 
 def _shard_of(parameter) -> NF4Shard | None:
@@ -301,16 +310,17 @@ def gathered(*modules: nn.Module):
     A unit is a decoder layer, with its adapters, an untied embedding or head, or the model itself, which has what belongs to no other
     unit. Raises `UsageError` for another module with sharded parameters.
     """
+    read_by_rows = [module for module in modules if hasattr(module, "_unsloth_ext_rows")]
     for module in modules:
-        if not isinstance(module, FSDPModule) and any(isinstance(p, DTensor) for p in module.parameters()):
+        if isinstance(module, FSDPModule) or module in read_by_rows:
+            continue
+        if any(isinstance(p, DTensor) for p in module.parameters()):
             raise UsageError(f"{type(module).__name__} is no unit of its own", "Pass its decoder layer, or the model.")
-    opened = []
-    try:
+    with contextlib.ExitStack() as opened:
         for module in modules:
-            if isinstance(module, FSDPModule):
+            if module in read_by_rows:
+                opened.enter_context(module._unsloth_ext_rows.whole())
+            elif isinstance(module, FSDPModule):
                 module.unshard()
-                opened.append(module)
+                opened.callback(module.reshard)
         yield
-    finally:
-        for module in opened:
-            module.reshard()
