@@ -11,7 +11,7 @@ all sides, the same tokens (the standard library's sources, with --tokenizer) in
 at a time and accumulates, so that its products have the same shapes. Sides with Unsloth's model have unsloth_ext's other parts in,
 all alike. "held" is what is allocated after a step, "load peak" the most while the model is made ready. All figures are of the rank
 with the largest. Rows are written after each side; those of earlier calls of the same case on the same machine and commit stay
-beside them.
+beside them. With --together all sides load and take their first step at once, and then train one after another.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import launch
@@ -150,6 +151,24 @@ def prepare(side, args, device):
     return model, nothing
 
 
+def take_turn(turns: str, side: str, rank: int):
+    """turns: number of sides:folder. Wait until all are ready, then for those before. What is returned ends the turn when it is closed."""
+    sides, _, folder = turns.partition(":")
+    folder, sides = Path(folder), int(sides)
+    begun = folder / f"{side}.begun"
+    if rank:
+        while not begun.exists():  # not in a collective, which would be at work on the card meanwhile
+            time.sleep(0.05)
+        return None
+    (folder / f"{side}.ready").touch()
+    while len(list(folder.glob("*.ready"))) < sides:
+        time.sleep(0.1)
+    turn = open(folder / "turn", "w")
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    begun.touch()
+    return turn
+
+
 def measure(side, args) -> None:
     """Runs in each rank; rank 0 writes the row to args.row."""
     import torch
@@ -197,8 +216,12 @@ def measure(side, args) -> None:
     tokens = tokens.reshape(args.steps, args.shares, args.batch // args.shares, args.length)
     tokens = (tokens if world == 1 else tokens[:, rank : rank + 1]).to(device)
     options = {} if args.unsloth and side not in PLAIN else {"use_cache": False}
-    losses, times = [], []
-    for shares in tokens:
+    losses, times, turn = [], [], None
+    for number, shares in enumerate(tokens):
+        if number == 1 and args.turns:  # the first step has compiled
+            turn = take_turn(args.turns, side, rank)
+            if world > 1:
+                dist.barrier()
         before = time.perf_counter()
         value = torch.zeros((), device=device)
         for rows in shares:
@@ -214,6 +237,8 @@ def measure(side, args) -> None:
         losses.append(value.item() / world)
         times.append(time.perf_counter() - before)
     del loss, value
+    if turn is not None:
+        turn.close()
     figures = {"peak_gib": allocated(most=True), "held_gib": allocated(), "load_peak_gib": load_peak, "load_s": seconds}
     if side.startswith("ours"):
         from unsloth_ext.fsdp2 import bytes_held
@@ -280,7 +305,7 @@ def run_side(side, args, folder: Path) -> dict:
     """The row of one side; one that has "failed" says why there are no figures."""
     checkpoint = args.checkpoint_bf16 if side == "accelerate" else args.checkpoint
     options = ["--worker", side, "--checkpoint", checkpoint, "--tokens", args.tokens, "--shares", str(args.nproc)]
-    for name in ("steps", "batch", "length", "residency", "checkpointing", "cap_gib"):
+    for name in ("steps", "batch", "length", "residency", "checkpointing", "cap_gib", "turns"):
         if (value := getattr(args, name)) is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
     options += [flag for flag, on in (("--cpu", args.cpu), ("--unsloth", args.unsloth)) if on]
@@ -292,6 +317,7 @@ def run_side(side, args, folder: Path) -> dict:
         str(Path(__file__)), options, folder / f"{name}-{os.getpid()}.json", 1 if side == "one" else args.nproc, args.limit,
         cpu=args.cpu, log=name, **switches,
     )  # fmt: skip
+    (folder / f"{side}.ready").touch()  # where it failed, nobody waits for it
     return found if isinstance(found, dict) else {"side": side, "failed": found}
 
 
@@ -423,10 +449,11 @@ def parse():
     parser.add_argument("--residency", default="auto", help="bytes, auto or all")
     parser.add_argument("--cap-gib", type=float, help="what a rank may allocate of its card")
     parser.add_argument("--limit", type=int, default=300, help="seconds a side")
+    parser.add_argument("--together", action="store_true", help="load all sides at once, then measure one by one")
     parser.add_argument("--tiny", action="store_true", help="a toy model")
     parser.add_argument("--cpu", action="store_true", help="on gloo, without Unsloth")
     parser.add_argument("--record", help="name of the file in benchmarks/data (fsdp2_<case>)")
-    for hidden in ("--worker", "--row", "--checkpoint", "--tokens"):
+    for hidden in ("--worker", "--row", "--checkpoint", "--tokens", "--turns"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--unsloth", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--shares", type=int, default=1, help=argparse.SUPPRESS)
@@ -472,24 +499,28 @@ def main() -> int:
         gc.collect()
         if not args.cpu:
             torch.cuda.empty_cache()
-        for side in args.sides:
-            if args.cpu and (side in UPSTREAM or side == "accelerate"):
-                print(f"{SIDES[side]}: left out, needs CUDA", flush=True)
-                continue
+        sides = [side for side in args.sides if not args.cpu or (side not in UPSTREAM and side != "accelerate")]
+        if left := [SIDES[side] for side in args.sides if side not in sides]:
+            print(f"left out, needs CUDA: {'; '.join(left)}", flush=True)
+        args.turns = f"{len(sides)}:{scratch}" if args.together else None
+
+        def run(side):
             start = time.perf_counter()
-            row = summary(run_side(side, args, Path(scratch)), args, record)
-            seconds = time.perf_counter() - start
-            if "failed" in row:
-                failed.append(side)
-                print(f"{SIDES[side]}: no figures after {seconds:.0f} s: {row['failed']}", flush=True)
-            else:
-                shown = {k: v for k, v in row.items() if k not in ("losses", "name", "side")}
-                print(
-                    f"{SIDES[side]}: {shown} loss {row['losses'][0]} -> {row['losses'][-1]}, {seconds:.0f} s",
-                    flush=True,
-                )
-            if not args.tiny:
-                flush(row, args, record)
+            return side, summary(run_side(side, args, Path(scratch)), args, record), time.perf_counter() - start
+
+        with ThreadPoolExecutor(len(sides) if args.together else 1) as pool:
+            for side, row, seconds in pool.map(run, sides):
+                if "failed" in row:
+                    failed.append(side)
+                    print(f"{SIDES[side]}: no figures after {seconds:.0f} s: {row['failed']}", flush=True)
+                else:
+                    shown = {k: v for k, v in row.items() if k not in ("losses", "name", "side")}
+                    print(
+                        f"{SIDES[side]}: {shown} loss {row['losses'][0]} -> {row['losses'][-1]}, {seconds:.0f} s",
+                        flush=True,
+                    )
+                if not args.tiny:
+                    flush(row, args, record)
     return 1 if any(side.startswith("ours") for side in failed) else 0
 
 
