@@ -12,7 +12,7 @@ _BLOCK = 1024
 
 
 def read_rows(ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor, each: int, count: int) -> None:
-    """out[i] = row ids[i] of a [count, width] matrix whose rows [r * each, (r + 1) * each) begin at the address table[r].
+    """out[i] = row ids[i] of a [count, width] matrix whose rows [r * each, (r + 1) * each) begin at the address table[r], a multiple of 16.
 
     ids: int64 or int32, any shape; table: int64 [ranks]; out: [*ids.shape, width], contiguous, of the matrix's dtype."""
     if ids.numel():
@@ -24,10 +24,12 @@ def _read_rows(ids, table, out, each, count, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + token).to(tl.int64)
     known = (row >= 0) & (row < count)
-    row = tl.where(known, row, 0)
+    row, there = tl.where(known, row, 0), tl.where(known, width, 0)
     rank = row // each
-    rows = tl.load(table + rank).to(tl.pointer_type(out.dtype.element_ty)) + (row - rank * each) * width
+    # Nothing else says that these addresses are aligned, and loads of one element each would go through the link.
+    rows = tl.multiple_of(tl.load(table + rank).to(tl.pointer_type(out.dtype.element_ty)), 16)
+    rows += (row - rank * each) * width
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        values = tl.load(rows + columns, mask=known & (columns < width), other=float("nan"))
+        values = tl.load(rows + columns, mask=columns < there, other=float("nan"))
         tl.store(out + token * width + columns, values, mask=columns < width)

@@ -3,6 +3,7 @@
 Gathered whole it is the largest unit of many models (1 GiB of Llama 3.1 8B), the first that a step waits for, and its forward copies a
 hundredth of it. Among the cards of one host, where 4-bit weights come by copies (peer_gather.py), every rank already reads the others'
 memory: here a kernel reads each token's row from the rank that has it. Nothing is gathered, and no rank takes part in another's read.
+The next layers' copies wait for what the compute stream has done: who has passed their collective knows that all have read.
 
 The parameter is a DTensor like those of FSDP2, cut like theirs, but no unit of FSDP2: saving, loading and counting see no difference.
 """
@@ -77,6 +78,7 @@ class EmbeddingRows:
             self.views = [self._view(address, other) for other, address in enumerate(addresses)]
         self.embedding._unsloth_ext_rows = self
         self.embedding.forward = self.lookup
+        self.embedding = None  # which has this: without a cycle of references the memory goes with the embedding
 
     def _view(self, address: int, rank: int) -> torch.Tensor:
         """Rows of another process: of memory that `HostMemory` has mapped, and holds."""
@@ -90,6 +92,8 @@ class EmbeddingRows:
     @torch.compiler.disable
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: int64 or int32 [...] on this rank's device. Returns [..., width]. A row of an id that is out of range is NaN."""
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise RuntimeError(f"token ids must be int64 or int32, got {ids.dtype}")
         if ids.device != self.table.device:
             raise RuntimeError(f"the embedding is on {self.table.device}, and the ids are on {ids.device}")
         out = torch.empty(*ids.shape, self.width, dtype=self.rows.dtype, device=ids.device)
@@ -105,11 +109,18 @@ class EmbeddingRows:
         return out if self.dtype is None else out.to(self.dtype)
 
     @contextlib.contextmanager
-    def whole(self):
-        """Within it the embedding's parameter is the whole weight, for code that reads it. A collective."""
-        own = self.embedding.weight
-        self.embedding.weight = nn.Parameter(own.detach().full_tensor(), requires_grad=False)
+    def whole(self, embedding: nn.Module):
+        """Within it this embedding's parameter is the whole weight, for code that reads it. A collective."""
+        own = embedding.weight
+        if isinstance(own, DTensor):  # else it is whole already
+            full = own.detach().full_tensor()
+            embedding.weight = nn.Parameter(full.to(self.dtype or full.dtype), requires_grad=False)
         try:
             yield
         finally:
-            self.embedding.weight = own
+            embedding.weight = own
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "rows of an embedding that other processes read cannot be copied or pickled, as all of a sharded model"
+        )

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import peer_memory
 from .nf4_parameter import NF4Shard
-from .processes import position
+from .processes import device_of, position
 from .team import Team
 
 __all__ = ["UnitGather", "connect"]
@@ -136,7 +136,7 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, rows=No
     rank, world = position(mesh)
     ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
     team = Team("sharing memory between ranks", timeout)
-    device = units[0][0].fields.packed.device if units and units[0] else torch.device(mesh.device_type)
+    device = units[0][0].fields.packed.device if units and units[0] else device_of(mesh)
     units, rows = (units, rows) if world > 1 else ([], None)
     memory = identity = reason = None
     try:

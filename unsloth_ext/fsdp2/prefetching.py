@@ -40,7 +40,8 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) ->
 
 def first_layer_first(model: nn.Module, layers: list[nn.Module]) -> None:
     """Where the embedding is read by rows: ask for the first layer when the model begins. Once FSDP2 has been initialised, which asks too."""
-    model.set_modules_to_forward_prefetch(layers[:1])
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        model.set_modules_to_forward_prefetch(layers[:1])
 
 
 def _embedding_first(embedding: nn.Module):
