@@ -99,7 +99,7 @@ PATCHES = (
     Patch(
         id="compiling.projections",
         challenge="C",
-        summary="in a compiled layer the LoRA projections of one input are multiplied side by side: fewer passes over the gradients",
+        summary="in a compiled layer the LoRA projections of one input are multiplied side by side: fewer passes over the gradients (by itself on H200)",
         targets=(Target(_LORA, "LoRA_MLP.forward", _SINCE, ("3d16b7f6e9731421",)),),
         relies_on=(
             Target(_LORA, "_apply", _SINCE, ("774bdd994e7a5855",)),

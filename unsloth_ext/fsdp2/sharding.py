@@ -133,8 +133,8 @@ def shard(
         parameter.data = parameter.data.to(device=device, dtype=policy.param_dtype or parameter.dtype)
     # A unit is cut before the next is touched: a model that is whole on the card gives its memory back layer by layer.
     by_copies = gather == "copies" or (gather == "auto" and mesh.device_type == "cuda" and not cpu_offload)
-    rows, embedding = None, ends[0] if ends and ends[0] is model.get_input_embeddings() else None
-    if by_copies and world > 1 and embedding and can_be_read_by_rows(embedding) and policy.output_dtype is None:
+    rows, plain = None, ends and ends[0] is model.get_input_embeddings() and can_be_read_by_rows(ends[0])
+    if by_copies and world > 1 and plain and policy.output_dtype is None:
         rows = EmbeddingRows(ends.pop(0), mesh, rank, world, device, policy.param_dtype)
     for unit in (*layers, *ends):
         cut_4bit(unit, rank, world, device)
