@@ -11,7 +11,8 @@ all sides, the same tokens (the standard library's sources, with --tokenizer) in
 at a time and accumulates, so that its products have the same shapes. Sides with Unsloth's model have unsloth_ext's other parts in,
 all alike. "held" is what is allocated after a step, "load peak" the most while the model is made ready. All figures are of the rank
 with the largest. Rows are written after each side; those of earlier calls of the same case on the same machine and commit stay
-beside them. With --together all sides load and take their first step at once, and then train one after another.
+beside them. With --together all sides load and take their first step at once, and then train one after
+another: load_s, first_step_s and the time that --limit limits then have the other sides in them.
 """
 
 import argparse
@@ -323,7 +324,7 @@ def run_side(side, args, folder: Path) -> dict:
 
 def summary(row: dict, args, record) -> dict:
     """The row as it is recorded: the case, and percentiles of the steps after the warm-up."""
-    row |= {"name": SIDES[row["side"]], "cap_gib": args.cap_gib}
+    row |= {"name": SIDES[row["side"]], "cap_gib": args.cap_gib, "loaded_together": args.together}
     if "failed" in row:
         return row
     steps, tokens = row.pop("step_s"), args.batch * args.length

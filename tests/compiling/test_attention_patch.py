@@ -14,12 +14,18 @@ import json, torch, unsloth_ext
 from unsloth.utils import attention_dispatch as dispatch
 
 found = {"state": {s.id: s.state for s in unsloth_ext.status()}["compiling.unpadded_attention"]}
-graphs = []
+graphs, runs = [], []
 
 
 def backend(graph, inputs):
-    graphs.append(" ".join(str(n.target) for n in graph.graph.nodes if n.op == "call_function").count("pad"))
-    return graph.forward
+    padded = " ".join(str(n.target) for n in graph.graph.nodes if n.op == "call_function").count("pad")
+    graphs.append(padded)
+
+    def run(*args):
+        runs.append(padded)
+        return graph.forward(*args)
+
+    return run
 
 
 def layer(Q, K, V):
@@ -39,6 +45,7 @@ def heads(length, dtype=torch.bfloat16):
 def traced(lengths, dynamic):
     torch._dynamo.reset()
     graphs.clear()
+    runs.clear()
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)
     for length in lengths:
         with card.tensors():
@@ -50,7 +57,8 @@ def traced(lengths, dynamic):
 
 several = (130, 256, 512, 128, *OTHERS)
 found["dynamic"], found["fixed"] = traced(several, True), traced((256, 200), False)
-found["full"], found["full first"] = traced((256, 512, 4096, 128), True), traced((256, 512, 200, 384, *OTHERS, 128), True)
+found["full"], found["full first"] = traced((256, 512, 4096, 128), True), traced((256, 512, 200, 384, 130, 128, *OTHERS), True)
+found["runs"] = runs[:6]
 found["first fixed, then not"] = traced((256, 256, 200, 512, 77), None)
 
 original, patched = dispatch._cudnn_length_bucketed_sdpa.__wrapped__, dispatch._cudnn_length_bucketed_sdpa
@@ -99,8 +107,8 @@ def test_only_lengths_that_need_it_are_padded(python):
     assert found["dynamic"] == [
         3
     ]  # one graph for all lengths, which pads query, key and value: the first length needs it
-    assert found["full"] == [0] and found["full first"] == [0, 3]
-    assert found["fixed"] == [0, 3] and found["first fixed, then not"] == [0, 3] and found["off"] == [3]
+    assert found["full"] == [0] and found["full first"] == [0, 3] and found["runs"] == [0, 0, 3, 0, 3, 0]
+    assert found["fixed"] == [0, 3] and found["first fixed, then not"] == [0, 3, 0] and found["off"] == [3]
     assert max(worst for worst, _ in found["apart"].values()) < 1e-12
     # The lengths that SDPA was called with: by the patched function, then by Unsloth's.
     assert {name: lengths for name, (_, lengths) in found["apart"].items()} == {

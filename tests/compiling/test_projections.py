@@ -24,6 +24,7 @@ from unsloth_ext.compiling import projections
 from unsloth_ext.compiling import projections_operators as operators
 from unsloth_ext.compiling.projections_patch import PATCHES, _linear, _mlp, _qkv, _side_by_side, _stand_in
 from unsloth_ext.nf4 import dequantize
+from unsloth_ext.patching import NotHere
 
 needs_unsloth = pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed: make setup")
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -333,7 +334,8 @@ def test_outside_of_a_graph_it_is_the_original():
 
 
 def test_torch_that_does_not_trace_them_is_left_alone():
-    assert _side_by_side(types.SimpleNamespace(TRACE_LORA_FUNCTIONS=False), PATCHES[0].targets[0]) == []
+    with pytest.raises(NotHere, match="does not trace"):
+        _side_by_side(types.SimpleNamespace(TRACE_LORA_FUNCTIONS=False), PATCHES[0].targets[0])
 
 
 @needs_unsloth
@@ -355,7 +357,11 @@ def test_the_switch(monkeypatch):
     assert not patch.is_switched_off
     cards = torch.cuda.device_count()
     measured = cards and {torch.cuda.get_device_capability(i) for i in range(cards)} == {(9, 0)}
-    assert len(patch.changes(module, None)) == (3 if measured else 0)  # by itself only where it was measured
+    if measured:
+        assert len(patch.changes(module, None)) == 3
+    else:
+        with pytest.raises(NotHere, match="SIDE_BY_SIDE=1"):
+            patch.changes(module, None)
     monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "1")
     assert not patch.is_switched_off and len(patch.changes(module, None)) == 3
     monkeypatch.setenv("UNSLOTH_EXT_SIDE_BY_SIDE", "0")

@@ -11,7 +11,7 @@ import pytest
 from conftest import write_upstream
 
 from unsloth_ext.errors import UsageError
-from unsloth_ext.patching import Patch, PatchError, Registry, SetAttribute, SetItem, Target
+from unsloth_ext.patching import NotHere, Patch, PatchError, Registry, SetAttribute, SetItem, Target
 from unsloth_ext.patching.fingerprint import of_definition
 from unsloth_ext.patching.survey import survey
 
@@ -252,6 +252,23 @@ def test_release_decides_as_soon_as_the_package_is_there(world, versions, supers
     registry.enable()
     importlib.import_module(w.name)
     assert state(registry) == (expected[0], expected[1].format(w.name))
+
+
+def test_a_patch_that_is_not_for_this_machine(world):
+    w = world()
+    model, here = w.load("model"), False
+
+    def changes(module, target):
+        if not here:
+            raise NotHere("for another card")
+        return [SetAttribute(module, "scale", lambda x: -x)]
+
+    registry = w.registry(w.patch(changes=changes), strict=True)
+    registry.enable()  # no error under strict: nothing is wrong
+    assert state(registry) == ("disabled", "for another card") and model.forward(1) == 2
+    here = True
+    registry.enable()
+    assert state(registry)[0] == "applied" and model.forward(1) == -1
 
 
 def test_failing_replacement_leaves_upstream_as_it_was(world):

@@ -6,9 +6,9 @@ symbolic lengths. A full row of 4096 tokens so becomes 4224: three copies, a cop
 the first, and a copy of its gradient.
 
 Outside of such a graph the length is known, and can be asked. In one it cannot be asked without a guard, so a graph asks only where the
-length that it is traced with is full: then it is for full lengths, and the first length that is not brings a second graph, for all
-lengths. A graph that is traced with another length serves all of them, full ones padded, as upstream's does: whoever trains on
-batches of any length gets no recompilation for a full one among a hundred. One operator for both, which asks when it runs, was
+length that it is traced with is full: then it is for full lengths, and the first length that is not brings a second graph, for the
+others. As long as no graph was traced with a full length, one serves all of them, full ones padded, as upstream's does: whoever
+trains on batches of any length gets no recompilation for a full one among a hundred. One operator for both, which asks when it runs, was
 quicker on full rows and slower on short ones, where the host is the limit (benchmarks/NOTES.md).
 """
 
@@ -22,17 +22,18 @@ _DISPATCH = "unsloth.utils.attention_dispatch"
 _SINCE = ">=2026.10.9"
 
 
-_full = False  # whether the length that a graph is being traced with fills the bucket: graphs are traced one at a time
+_asks = False  # whether a graph was ever traced with a full length. From then on each says which lengths it is for, or the one for
+# all lengths, once it has run, would be the first that Dynamo takes.
 
 
 def _look(frame) -> None:
     """While a graph is traced, at the caller's `length` and `bucket`, without a guard."""
-    global _full
+    global _asks
     length, bucket = (frame.get_local(name) for name in ("length", "bucket"))
     length = length.as_python_constant() if length.is_python_constant() else length.as_fake()
     node = getattr(length, "node", None)
     known = length if node is None else node.hint
-    _full = known is not None and int(known) % bucket.as_python_constant() == 0
+    _asks = _asks or (known is not None and int(known) % bucket.as_python_constant() == 0)
 
 
 def _bucketed(original):
@@ -41,14 +42,14 @@ def _bucketed(original):
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     around = original.__globals__  # read at each call: the bucket, and SDPA as context parallelism may have replaced it
-    traced_with_a_full_length = torch.compiler.assume_constant_result(_is_full)
+    asks = torch.compiler.assume_constant_result(_is_asking)
 
     @functools.wraps(original)
     def _cudnn_length_bucketed_sdpa(Q, K, V, *args, **kwargs):
         length, bucket = Q.shape[-2], around["_CUDNN_LENGTH_BUCKET"]
         if torch.compiler.is_dynamo_compiling():
             comptime(_look)
-            fills = traced_with_a_full_length() and length % bucket == 0
+            fills = asks() and length % bucket == 0
         else:
             fills = statically_known_true(length % bucket == 0)
         if fills:
@@ -58,8 +59,8 @@ def _bucketed(original):
     return _cudnn_length_bucketed_sdpa
 
 
-def _is_full() -> bool:
-    return _full
+def _is_asking() -> bool:
+    return _asks
 
 
 PATCHES = (

@@ -1,34 +1,40 @@
 """What the room changes in Unsloth's LoRA functions: while a graph is traced, their products go side by side (projections.py).
 
 The three names `LoRA_MLP`, `LoRA_QKV` and `LoRA_W` stand for objects whose `apply` chooses. Outside of a trace, and for what
-`projections.refusal` names, dropout, a bias or another activation than SwiGLU, it is Unsloth's own. On by itself where it was measured
-to be faster, UNSLOTH_EXT_SIDE_BY_SIDE=1 elsewhere.
+`projections.refusal` names, dropout, a bias or another activation than SwiGLU, it is Unsloth's own. On by itself on Hopper, where it was
+measured to be faster, with UNSLOTH_EXT_SIDE_BY_SIDE=1 elsewhere.
 """
 
 from __future__ import annotations
 
 import os
 
-from ..patching import Patch, SetAttribute, Target
+from ..patching import NotHere, Patch, SetAttribute, Target
 
 _LORA, _SWIGLU = "unsloth.kernels.fast_lora", "unsloth.kernels.swiglu"
 _SINCE = ">=2026.10.9"
 _SWITCH = "UNSLOTH_EXT_SIDE_BY_SIDE"
-_FASTER = {(9, 0)}  # compute capabilities: an H200, the whole step of the 8B shape 4% (benchmarks/NOTES.md)
+_FASTER = {
+    (9, 0)
+}  # compute capabilities: Hopper, measured on an H200, 4% of a whole step of the 8B shape (benchmarks/NOTES.md)
 
 
 def _is_faster_here() -> bool:
     import torch
 
     cards = range(torch.cuda.device_count())
-    return len(cards) > 0 and all(torch.cuda.get_device_capability(card) in _FASTER for card in cards)
+    return (
+        torch.version.hip is None
+        and len(cards) > 0
+        and all(torch.cuda.get_device_capability(card) in _FASTER for card in cards)
+    )
 
 
 def _side_by_side(module, target):
-    if not os.environ.get(_SWITCH) and not _is_faster_here():
-        return []
     if not module.TRACE_LORA_FUNCTIONS:  # torch before 2.11 runs them outside of the graph
-        return []
+        raise NotHere("this torch does not trace Unsloth's LoRA functions")
+    if not os.environ.get(_SWITCH) and not _is_faster_here():
+        raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
     routes = {"LoRA_MLP": _mlp, "LoRA_QKV": _qkv, "LoRA_W": _linear}
     return [SetAttribute(module, name, _stand_in(getattr(module, name), of(module))) for name, of in routes.items()]
 
@@ -99,7 +105,7 @@ PATCHES = (
     Patch(
         id="compiling.projections",
         challenge="C",
-        summary="in a compiled layer the LoRA projections of one input are multiplied side by side: fewer passes over the gradients (by itself on H200)",
+        summary="in a compiled layer the LoRA projections of one input are multiplied side by side: fewer passes over the gradients (by itself on Hopper)",
         targets=(Target(_LORA, "LoRA_MLP.forward", _SINCE, ("3d16b7f6e9731421",)),),
         relies_on=(
             Target(_LORA, "_apply", _SINCE, ("774bdd994e7a5855",)),

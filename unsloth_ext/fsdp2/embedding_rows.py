@@ -3,7 +3,7 @@
 Gathered whole it is the largest unit of many models (1 GiB of Llama 3.1 8B), the first that a step waits for, and its forward copies a
 hundredth of it. Among the cards of one host, where 4-bit weights come by copies (peer_gather.py), every rank already reads the others'
 memory: here a kernel reads each token's row from the rank that has it. Nothing is gathered, and no rank takes part in another's read.
-The next layers' copies wait for what the compute stream has done: who has passed their collective knows that all have read.
+From the second layer on, copies wait for what the compute stream has done: who has passed their collective knows that all have read.
 
 The parameter is a DTensor like those of FSDP2, cut like theirs, but no unit of FSDP2: saving, loading and counting see no difference.
 """
@@ -28,7 +28,7 @@ def can_be_read_by_rows(embedding: nn.Module) -> bool:
     return (
         type(embedding).forward is nn.Embedding.forward
         and "forward" not in vars(embedding)
-        and list(embedding.parameters()) == [weight]
+        and [id(p) for p in embedding.parameters()] == [id(weight)]
         and weight.ndim == 2
         and not weight.requires_grad
         and embedding.max_norm is None  # which writes into the weight
@@ -66,6 +66,7 @@ class EmbeddingRows:
         self.part = self.memory.allocate(max(size, 256))  # the last ranks may have none
         moved = self.part[:size].view(self.rows.dtype).view(self.rows.shape)
         self.rows = moved.copy_(self.rows)
+        self.embedding.weight = self.parameter()  # the rows that were are free
 
     def read_from(self, addresses: list[int], rank: int) -> None:
         """addresses: of each rank's `part`, in this process. The embedding's forward is the lookup from here on."""
@@ -94,8 +95,7 @@ class EmbeddingRows:
         """ids: int64 or int32 [...] on this rank's device. Returns [..., width]. A row of an id that is out of range is NaN."""
         if ids.dtype not in (torch.int64, torch.int32):
             raise RuntimeError(f"token ids must be int64 or int32, got {ids.dtype}")
-        if ids.device != self.table.device:
-            raise RuntimeError(f"the embedding is on {self.table.device}, and the ids are on {ids.device}")
+        ids = ids.to(self.table.device)  # as FSDP2 does for its root
         out = torch.empty(*ids.shape, self.width, dtype=self.rows.dtype, device=ids.device)
         if self.views:
             for rank, rows in enumerate(self.views):

@@ -28,7 +28,7 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     For bitsandbytes' optimizers, and any that computes each element by itself, or in blocks.
 
     Clip gradients on the model's own parameters, as ever; `zero_grad` clears those. A rank whose part of a parameter is empty
-    leaves it out. Raises ValueError if the optimizer has state already.
+    leaves it out. Raises ValueError if the optimizer has state already, `UsageError` if nothing of it is sharded.
     """
     if optimizer.state:
         raise ValueError("on_local_shards must be called before the optimizer's first step: it has state already")
@@ -52,6 +52,11 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
                 local.append(parts[-1][-1][1])
                 pairs.append((parameter, local[-1]))
         group["params"] = local
+    if not sharded:
+        raise UsageError(
+            "the optimizer has no sharded parameter",
+            "Make it after shard(), and not between a forward and its backward, where parameters are gathered.",
+        )
     optimizer._unsloth_ext_parts = parts
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Each decoder layer is a unit: gathered before its forward, freed after it, gathered again for its backward. The input embedding
 and the output head are units of their own, so that they are not gathered while layers run; where weights come by copies, a frozen
-embedding is never gathered (embedding_rows.py). What is left and trained belongs to the
+embedding with a plain lookup of its own is read by rows instead (embedding_rows.py). What is left and trained belongs to the
 root. What is frozen and small, such as norms, stays whole on each rank. A head tied to the embedding is one parameter with two users
 and belongs to the root.
 
@@ -66,7 +66,8 @@ def shard(
     """Shard a transformers (and peft) model in place, 4-bit weights included, and return it. Called by every rank, once.
 
     model: from `load`, or any 4-bit model that is whole on each rank: then its `Params4bit` are cut and the rest is freed. With
-        its adapters: parameters added later would not be sharded. Make the optimizer afterwards.
+        its adapters: parameters added later would not be sharded. Make the optimizer afterwards, and not between a forward and its
+        backward, where what is kept gathered is whole.
     mesh: one dimension, or two for replicas of shards (HSDP); all processes if None.
     reshard_after_forward: False keeps every unit gathered between its forward and its backward.
     cpu_offload: parameters, gradients and optimizer state live in host memory; units are gathered on the card. Needs gloo beside
@@ -77,7 +78,8 @@ def shard(
         step (see `accumulate`), the last layers first; "all" for no limit, 0 for the least memory. "auto": 5% of the memory that it
         may use of its card (the smallest of all ranks), nothing with cpu_offload, on a CPU, or where nothing is trained.
     gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
-        lie (see peer_gather.py), on one host only. "auto": by copies among CUDA cards that can, else by the collective.
+        lie (see peer_gather.py), on one host only; a frozen embedding is then read by rows, and gives NaN for an id that it does not
+        have. "auto": by copies among CUDA cards that can, else by the collective.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
@@ -94,7 +96,7 @@ def shard(
     try:
         if not isinstance(reshard_after_forward, bool):
             raise UsageError(f"reshard_after_forward must be True or False, got {reshard_after_forward!r}")
-        if residency not in ("auto", "all") and (not isinstance(residency, int) or residency < 0):
+        if residency not in ("auto", "all") and (type(residency) is not int or residency < 0):
             raise UsageError(f"residency must be a number of bytes, 'auto' or 'all', got {residency!r}")
         if gather not in GATHERS or (gather == "copies" and cpu_offload):
             known = " or ".join(GATHERS[:2] if cpu_offload else GATHERS)

@@ -101,6 +101,10 @@ class SetItem:
 Change = SetAttribute | SetItem
 
 
+class NotHere(Exception):
+    """Raised by `Patch.changes`: the patch is not for this machine, for the reason given. It is then `disabled`."""
+
+
 @dataclass(frozen=True)
 class Patch:
     """One change to Unsloth at run time.
@@ -110,7 +114,7 @@ class Patch:
     summary: one line, what gets better for the user.
     replace: (original) -> replacement of the target's definition; `original` is the raw attribute, so a staticmethod or
         classmethod object for a method. Must be free of side effects: it may be called more than once.
-    changes: instead of `replace`, (module, target) -> the changes to make, equally free of side effects.
+    changes: instead of `replace`, (module, target) -> the changes to make, equally free of side effects. Raises `NotHere`.
     relies_on: definitions that the replacement calls or whose behaviour it takes for granted, with their fingerprints. The
         patch is skipped where one of them is another.
     superseded: (specifiers, reason) pairs: releases that do it as well or better, with what was measured.

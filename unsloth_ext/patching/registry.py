@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from ..errors import UnslothExtError, UsageError
 from . import fingerprint
 from .hooks import PostImportFinder, is_executing, rebind_everywhere
-from .patch import Change, Patch, SetAttribute, Target
+from .patch import Change, NotHere, Patch, SetAttribute, Target
 from .release import folder_of, installed_release
 
 if TYPE_CHECKING:
@@ -233,7 +233,11 @@ class Registry:
         if patch.replace is not None:
             changes: list[Change] = [SetAttribute(owner, name, patch.replace(original))]
         else:
-            changes = list(patch.changes(module, target))
+            try:
+                changes = list(patch.changes(module, target))
+            except NotHere as reason:
+                self._set(record, "disabled", str(reason), target, release)
+                return
         with self._lock:
             if record.state != "pending":  # another thread was quicker
                 return
