@@ -143,6 +143,29 @@ def test_an_optimizer_that_is_made_after_an_evaluation_trains(ranks, checkpoints
                 assert first == pytest.approx(losses[0], abs=1e-6) and all(parts), way
 
 
+def _made_in_between(rank, world, folder):
+    from unsloth_ext.errors import UsageError
+    from unsloth_ext.fsdp2 import on_local_shards
+
+    model = _made(folder, True, _inner, residency="all")
+
+    def make():
+        return on_local_shards(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+
+    loss = _inner(model, models.batches(1, world)[0, rank : rank + 1])
+    with pytest.raises(UsageError, match="gathered at the moment"):
+        make()
+    loss.backward()
+    before = [p.to_local().clone() for p in model.parameters() if p.requires_grad]
+    make().step()
+    after = [p.to_local() for p in model.parameters() if p.requires_grad]
+    return sum(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_an_optimizer_that_is_made_between_forward_and_backward_is_an_error(ranks, checkpoints):
+    assert all(changed > 10 for changed in ranks(2, _made_in_between, folder=str(checkpoints["nf4"])))
+
+
 def _odd_orders(rank, world, folder, way, reentrant):
     """Losses, or gradient norms, of loops that do things between forward, backward and step. way: None for one process."""
     sharded = way is not None

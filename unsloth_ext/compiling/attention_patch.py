@@ -22,18 +22,21 @@ _DISPATCH = "unsloth.utils.attention_dispatch"
 _SINCE = ">=2026.10.9"
 
 
-_asks = False  # whether a graph was ever traced with a full length. From then on each says which lengths it is for, or the one for
+_asks = False  # whether a graph of symbolic lengths was ever traced with a full one. From then on each says which lengths it is for, or the one for
 # all lengths, once it has run, would be the first that Dynamo takes.
+_asks_here = False  # whether the graph does that is being traced: one at a time is
 
 
 def _look(frame) -> None:
     """While a graph is traced, at the caller's `length` and `bucket`, without a guard."""
-    global _asks
+    global _asks, _asks_here
     length, bucket = (frame.get_local(name) for name in ("length", "bucket"))
-    length = length.as_python_constant() if length.is_python_constant() else length.as_fake()
-    node = getattr(length, "node", None)
-    known = length if node is None else node.hint
-    _asks = _asks or (known is not None and int(known) % bucket.as_python_constant() == 0)
+    if length.is_python_constant():  # the graph is for that length alone
+        _asks_here = True
+        return
+    hint = length.as_fake().node.hint
+    _asks = _asks or (hint is not None and int(hint) % bucket.as_python_constant() == 0)
+    _asks_here = _asks
 
 
 def _bucketed(original):
@@ -60,7 +63,7 @@ def _bucketed(original):
 
 
 def _is_asking() -> bool:
-    return _asks
+    return _asks_here
 
 
 PATCHES = (

@@ -14,12 +14,14 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .held import gathered_bytes
 
-__all__ = ["count_within", "free_in_time", "keep", "limit_of"]
+__all__ = ["count_within", "free_in_time", "gathered_now", "keep", "limit_of"]
 
 _SHARE = 0.05  # of the memory that a rank may use of its card
+_units: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all that are kept, of all models
 
 
 def limit_of(device: torch.device) -> int:
@@ -53,6 +55,12 @@ def keep(layers: list[nn.Module], limit: float, apart: Iterable[nn.Parameter]) -
     return kept
 
 
+def gathered_now() -> set[int]:
+    """The ids of trained parameters that stand in their parts' places at the moment."""
+    trained = (parameter for unit in _units for parameter in unit.parameters() if parameter.requires_grad)
+    return {id(parameter) for parameter in trained if not isinstance(parameter, DTensor)}
+
+
 def free_in_time(model: nn.Module, layers: Iterable[nn.Module], ends: Iterable[nn.Module], root_trains: bool) -> None:
     """Free these kept units of a sharded model after a forward without gradients, and before `model.zero_grad`.
 
@@ -67,6 +75,7 @@ def free_in_time(model: nn.Module, layers: Iterable[nn.Module], ends: Iterable[n
     gradients are there. Around the layer gradients are on then, and off in an evaluation. Embedding and head are not checkpointed.
     """
     layers, root = list(layers), weakref.ref(model)
+    _units.update([*layers, *ends])
 
     def free(units: Iterable[nn.Module]) -> None:
         # Not in a backward, where a checkpoint runs forwards, nor where generation.py keeps everything gathered.

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
+from . import kept_layers
 
 __all__ = ["on_local_shards", "step_quickly"]
 
@@ -28,10 +29,17 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     For bitsandbytes' optimizers, and any that computes each element by itself, or in blocks.
 
     Clip gradients on the model's own parameters, as ever; `zero_grad` clears those. A rank whose part of a parameter is empty
-    leaves it out. Raises ValueError if the optimizer has state already, `UsageError` if nothing of it is sharded.
+    leaves it out. Raises ValueError if the optimizer has state already, `UsageError` if it has
+    parameters that are gathered at the moment: it would train those, and not the parts.
     """
     if optimizer.state:
         raise ValueError("on_local_shards must be called before the optimizer's first step: it has state already")
+    whole = kept_layers.gathered_now()
+    if any(id(parameter) in whole for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "the optimizer has parameters that are gathered at the moment",
+            "Make it before a forward or after its backward.",
+        )
     pairs: list[tuple[torch.Tensor, nn.Parameter]] = []
     sharded: list[torch.Tensor] = []
     parts: list[
@@ -52,11 +60,6 @@ def on_local_shards(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
                 local.append(parts[-1][-1][1])
                 pairs.append((parameter, local[-1]))
         group["params"] = local
-    if not sharded:
-        raise UsageError(
-            "the optimizer has no sharded parameter",
-            "Make it after shard(), and not between a forward and its backward, where parameters are gathered.",
-        )
     optimizer._unsloth_ext_parts = parts
 
     @torch.no_grad()
