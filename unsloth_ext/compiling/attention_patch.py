@@ -70,7 +70,7 @@ PATCHES = (
     Patch(
         id="compiling.unpadded_attention",
         challenge="C",
-        summary="rows whose length is a multiple of 128 already are not padded for cuDNN",
+        summary="rows whose length is a multiple of 128 already are not padded for cuDNN, in graphs first traced with such a length too",
         targets=(
             Target(
                 _DISPATCH, "_cudnn_length_bucketed_sdpa", _SINCE, ("cc2726ab3996ddfe",), patched=("668498a0e96aeef7",)
