@@ -173,7 +173,7 @@ def test_inductor_copies_nothing_together(name):
     ), backward  # what p was written into is multiplied
     made = [line for line in backward.splitlines() if "empty_strided" in line and f", {columns})" in line]
     if name == "MLP":  # the operator allocates it
-        (dh,) = re.findall(r"swiglu_backward_\.default\((buf\d+),", backward)
+        (dh,) = re.findall(r"swiglu_lora_backward_\.default\((buf\d+),", backward)
         assert re.search(rf"extern_kernels\.mm\([^;]*out={dh}\)", backward) and not made, backward
     else:
         assert len(made) == 1, backward
@@ -197,29 +197,47 @@ def test_operators(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_swiglu_backward(dtype):
+def test_swiglu_lora_backward(dtype):
     dh, e, g = (torch.randn(7, 96).to(dtype) for _ in range(3))
-    torch.library.opcheck(torch.ops.unsloth_ext.swiglu_backward_.default, (dh.clone(), e, g, 64))
+    low, p = torch.randn(7, 5).to(dtype), torch.randn(7, 8).to(dtype)
+    torch.library.opcheck(torch.ops.unsloth_ext.swiglu_lora_backward_.default, (dh.clone(), e, g, low, p, 3, 64))
     h = dh.clone()
-    wide = operators.swiglu_backward_(h, e, g, 64)
+    wide, sums = operators.swiglu_lora_backward_(h, e, g, low, p, 3, 64)
     for found, wanted in zip((h, wide[:, 96:192], wide[:, :96]), swiglu_backward(dh, e, g), strict=True):
         assert torch.equal(found, wanted)
     assert wide.shape == (7, 256) and not wide[:, 192:].any()
+    pairs = (low[:, :3], wide[:, :96]), (low[:, 3:], wide[:, 96:192]), (p, h)
+    exact = torch.cat([left.double().t() @ right.double() for left, right in pairs])
+    assert sums.shape == (13, 96) and sums.dtype == torch.float32
+    assert off([sums], [exact]) < torch.finfo(dtype).eps
 
 
 INTERPRETED = """
 import torch
-from unsloth_ext.compiling.projections_kernel import swiglu_backward
-from unsloth_ext.compiling.projections_operators import swiglu_backward_
-for dtype, width in ((torch.float16, 1500), (torch.bfloat16, 96), (torch.float32, 1024)):
-    dh, e, g = (torch.randn(3, width).to(dtype) for _ in range(3))
-    h, wide = dh.clone(), torch.full((3, 2 * width + 64), 7.0, dtype=dtype)
-    swiglu_backward(h, e, g, wide)
-    wanted = swiglu_backward_(dh, e, g, 64)
+from unsloth_ext.compiling import projections_kernel as kernel
+from unsloth_ext.compiling.projections_operators import swiglu_lora_backward_
+for dtype, rows, width, ranks in (
+    (torch.float16, 3, 1500, (16, 16, 16)), (torch.float16, 70, 96, (3, 20, 8)), (torch.float16, 1, 64, (64, 1, 8)),
+    (torch.float16, 0, 64, (1, 1, 8)), (torch.bfloat16, 5, 96, (1, 1, 8)),
+):
+    dh, e, g = (torch.randn(rows, width).to(dtype) for _ in range(3))
+    low, p = (torch.randn(rows, n).to(dtype) for n in (ranks[0] + ranks[1], ranks[2]))
+    given = dh.clone()
+    wanted, rounded = swiglu_lora_backward_(given, e, g, low, p, ranks[0], 64)
     near = 4 * torch.finfo(dtype).eps  # of sums and products: the last bit may differ
-    torch.testing.assert_close(h, dh, rtol=near, atol=near)
-    torch.testing.assert_close(wide[:, : 2 * width], wanted[:, : 2 * width], rtol=near, atol=near)
-    assert (wide[:, 2 * width :] == 7).all()
+    for lora in (False, True):
+        h, wide = dh.clone(), torch.full((rows, 2 * width + 64), 7.0, dtype=dtype)
+        if not lora:
+            kernel.swiglu_backward(h, e, g, wide)
+        elif dtype == torch.float16:  # the interpreter takes the bits of bfloat16 for integers in a dot
+            kernel._PROGRAMS = 4  # splits, where there are few columns
+            sums = kernel.swiglu_lora_backward(h, e, g, low, p, ranks[:2], wide)
+            assert ((sums - rounded).norm() <= 2 * torch.finfo(dtype).eps * rounded.norm()).item()
+        else:
+            continue
+        torch.testing.assert_close(h, given, rtol=near, atol=near)
+        torch.testing.assert_close(wide[:, : 2 * width], wanted[:, : 2 * width], rtol=near, atol=near)
+        assert (wide[:, 2 * width :] == 7).all()
 """
 
 
@@ -237,7 +255,8 @@ def test_kernel_compiles_for_hopper():
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from unsloth_ext.compiling.projections_kernel import swiglu_backward_kernel
+    from unsloth_ext.compiling import projections_kernel as kernel
+    from unsloth_ext.compiling.projections_kernel import swiglu_backward_kernel, swiglu_lora_backward_kernel
 
     signature = dict.fromkeys(("dh_ptr", "e_ptr", "g_ptr", "wide_ptr"), "*bf16")
     signature |= dict.fromkeys(("width", "pitch", "blocks"), "i32") | {"BLOCK": "constexpr"}
@@ -247,6 +266,19 @@ def test_kernel_compiles_for_hopper():
     assert (
         len(re.findall(r"ld\.global\S*\.v4", assembly)) == len(re.findall(r"st\.global\S*\.v4", assembly)) == 3
     ), assembly
+    # With sums: what is read comes by copies of 16 bytes, steps ahead.
+    names = swiglu_lora_backward_kernel.arg_names
+    signature = {
+        name: ("*fp32" if name == "sums_ptr" else "*bf16") if name.endswith("_ptr") else "i32" for name in names
+    }
+    blocks = {"ROWS": kernel._ROWS, "COLUMNS": kernel._COLUMNS, "RANK": 16}
+    signature |= dict.fromkeys(blocks, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+    source = triton.compiler.ASTSource(swiglu_lora_backward_kernel, signature, blocks, aligned)
+    options = {"num_warps": kernel._WARPS, "num_stages": kernel._STAGES}
+    assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert re.search(r"cp\.async\.cg\.\S* \[.*?\], \[.*?\], 0x10", assembly) and "mma.sync" in assembly, assembly
+    assert re.search(r"st\.global\S*\.v4", assembly), assembly
 
 
 def test_refusals():

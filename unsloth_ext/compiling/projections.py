@@ -1,17 +1,19 @@
 """The projections of a LoRA layer on NF4 weights with their products side by side, for a compiled training step.
 
-Autograd functions in plain torch, to be traced: Inductor lowers what is inside them. Four things are done otherwise than one
+Autograd functions in plain torch, to be traced: Inductor lowers what is inside them. Five things are done otherwise than one
 projection after the other:
 
 * The input's gradient is one product, [dY_1 | dY_2 | p_1 | p_2] [W_1; W_2; A_1; A_2] with p = s dY B. The sum over the projections and
   over LoRA happens inside the product, in its accumulator, instead of by reading and writing the gradient again. The weights
-  are dequantised one under the other (`nf4_stacked`), and what makes the dY writes straight into its columns (`swiglu_backward_`; for
+  are dequantised one under the other (`nf4_stacked`), and what makes the dY writes straight into its columns (`swiglu_lora_backward_`; for
   q, k and v Inductor's kernels). A single projection's dY would have to be copied, which for o costs what it spares (measured on an
   H200), so `Linear` adds LoRA's part to the product; for down, whose product has a wide result, the copy is worth it.
 * The p of one input are one product, [dY_1 | dY_2] with the B in a block diagonal matrix, the gradients of its A another one,
   X^T [p_1 | p_2], and those of its B a third, [x A_1^T | x A_2^T]^T [dY_1 | dY_2], of which the blocks on the diagonal are taken: each
   of these reads the wide operand once. The narrow operands are matrices of their own, not columns of one whose rows are tens of KB
   apart.
+* In the MLP's backward the gradients of gate's and up's B and of down's A are sums over the rows of what SwiGLU's backward has in its
+  registers, and are made there (`swiglu_lora_backward_`): no pass of their own.
 * x A^T is kept from the forward, rank columns instead of the input's width that would have to be read once more.
 * In the forward gate and up are one product each, [x A^T | x] [s B | W]^T, on weights dequantised beside LoRA's (`nf4_augmented`). Their
   bits are therefore not those of a sum after the product; `gate_or_up` computes them again. The narrower projections would gain
@@ -27,7 +29,7 @@ import torch
 from ..nf4 import dequantization
 from ..nf4.augmented import nf4_augmented, nf4_stacked
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
-from .projections_operators import add_product_, beside, copy_columns_, swiglu_backward_
+from .projections_operators import add_product_, beside, copy_columns_, swiglu_lora_backward_
 
 __all__ = ["MLP", "QKV", "Linear", "gate_or_up", "mlp_refusal", "refusal"]
 
@@ -163,11 +165,15 @@ class MLP(torch.autograd.Function):
         dh = dh @ _stacked((down_weight,), (down_a,), x.dtype)
         (ddown_b,) = _gradients_of_b(dy, down_low, (down_b,), (down_scaling,))
         a_s, b_s, scalings = (gate_a, up_a), (gate_b, up_b), (gate_scaling, up_scaling)
-        wide = swiglu_backward_(dh, e.flatten(0, -2), g.flatten(0, -2), _columns_of(b_s))
-        (ddown_a,) = _gradients_of_a(p, (down_a,), dh)  # dh is h now
-        dy, p = _add_columns(wide, b_s, scalings)
+        wide, sums = swiglu_lora_backward_(
+            dh, e.flatten(0, -2), g.flatten(0, -2), low, p, gate_a.shape[0], _columns_of(b_s)
+        )
+        at, end = gate_a.shape[0], low.shape[1]
+        dgate_b = (sums[:at].t() * gate_scaling).to(gate_b.dtype).contiguous()
+        dup_b = (sums[at:end].t() * up_scaling).to(up_b.dtype).contiguous()
+        ddown_a = sums[end : end + down_a.shape[0]].to(down_a.dtype)
+        _, p = _add_columns(wide, b_s, scalings)
         dgate_a, dup_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
-        dgate_b, dup_b = _gradients_of_b(dy, low, b_s, scalings)
         dx = wide @ _stacked((gate_weight, up_weight), a_s, x.dtype)
         return (
             dx.view_as(x), None, None, dgate_a, dgate_b, None, None, None, dup_a, dup_b, None,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["add_product_", "beside", "copy_columns_", "swiglu_backward_"]
+__all__ = ["add_product_", "beside", "copy_columns_", "swiglu_lora_backward_"]
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
     "add_product_(Tensor(a!) out, Tensor a, Tensor b, float alpha) -> ()",
     "copy_columns_(Tensor(a!) out, Tensor part) -> ()",
     "beside(Tensor[] parts) -> Tensor",
-    "swiglu_backward_(Tensor(a!) dh, Tensor e, Tensor g, int more) -> Tensor",
+    "swiglu_lora_backward_(Tensor(a!) dh, Tensor e, Tensor g, Tensor low, Tensor p, SymInt gate_rank, SymInt more) "
+    "-> (Tensor wide, Tensor sums)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -32,12 +33,18 @@ def beside(parts) -> torch.Tensor:
     return torch.ops.unsloth_ext.beside(parts)
 
 
-def swiglu_backward_(dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, more: int) -> torch.Tensor:
-    """[de | dg | zeros] of h = silu(e) g, and dh becomes h.  dh, e, g: [T, I] of one dtype; more: columns of zeros.
+def swiglu_lora_backward_(
+    dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, low: torch.Tensor, p: torch.Tensor, gate_rank: int, more: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SwiGLU's backward and what of LoRA's gradients are sums over its rows; dh becomes h = silu(e) g.
 
-    Returns [T, 2I + more]. Rounded where Unsloth's kernel rounds: silu(e), then each product, in the inputs' dtype.
+    dh, e, g: [T, I] of one dtype. low: [T, gate_rank + up_rank], x A^T of gate and of up. p: [T, down_rank], s dY B of down.
+    more: columns of zeros.
+
+    Returns wide = [de | dg | zeros], [T, 2I + more], and sums = [low_gate^T de; low_up^T dg; p^T h], fp32 [sum of ranks, I]. Rounded
+    where Unsloth's kernel rounds: silu(e), then each product, in the inputs' dtype.
     """
-    return torch.ops.unsloth_ext.swiglu_backward_(dh, e, g, more)
+    return torch.ops.unsloth_ext.swiglu_lora_backward_(dh, e, g, low, p, gate_rank, more)
 
 
 def _add_product(out, a, b, alpha) -> None:
@@ -52,17 +59,23 @@ def _beside(parts):
     return torch.cat(parts, 1)
 
 
-def _wide_for(dh, e, g, more):
-    return dh.new_empty(dh.shape[0], 2 * dh.shape[1] + more)
+def _results_for(dh, e, g, low, p, gate_rank, more):
+    (rows, width), ranks = dh.shape, low.shape[1] + p.shape[1]
+    return dh.new_empty(rows, 2 * width + more), dh.new_empty(ranks, width, dtype=torch.float32)
 
 
-def _swiglu_backward(dh, e, g, more):
-    wide, width = _wide_for(dh, e, g, more), dh.shape[1]
+def _swiglu_lora_backward(dh, e, g, low, p, gate_rank, more):
+    width, ranks = dh.shape[1], (gate_rank, low.shape[1] - gate_rank, p.shape[1])
+    wide = dh.new_empty(dh.shape[0], 2 * width + more)
+    wide[:, 2 * width :].zero_()
     if dh.is_cuda and dh.is_contiguous():
-        from .projections_kernel import swiglu_backward
+        from . import projections_kernel as kernel
 
+        e, g = e.contiguous(), g.contiguous()
         with torch.cuda.device(dh.device):
-            swiglu_backward(dh, e.contiguous(), g.contiguous(), wide)
+            if max(ranks) <= kernel.MOST_RANK and low.stride(1) == p.stride(1) == 1:
+                return wide, kernel.swiglu_lora_backward(dh, e, g, low, p, ranks[:2], wide)
+            kernel.swiglu_backward(dh, e, g, wide)
     else:
         exact = e.float()
         sigmoid = torch.sigmoid(exact)
@@ -70,16 +83,16 @@ def _swiglu_backward(dh, e, g, more):
         wide[:, :width] = (dh * g).float() * sigmoid * (1 + exact * (1 - sigmoid))
         torch.mul(dh, f, out=wide[:, width : 2 * width])
         torch.mul(f, g, out=dh)
-    wide[:, 2 * width :].zero_()
-    return wide
+    parts = (low[:, :gate_rank], wide[:, :width]), (low[:, gate_rank:], wide[:, width : 2 * width]), (p, dh)
+    return wide, torch.cat([(left.t() @ right).float() for left, right in parts])
 
 
 for _key in ("CPU", "CUDA"):
     _library.impl("add_product_", _add_product, _key)
     _library.impl("copy_columns_", _copy_columns, _key)
     _library.impl("beside", _beside, _key)
-    _library.impl("swiglu_backward_", _swiglu_backward, _key)
+    _library.impl("swiglu_lora_backward_", _swiglu_lora_backward, _key)
 torch.library.register_fake("unsloth_ext::add_product_", lambda out, a, b, alpha: None, lib=_library)
 torch.library.register_fake("unsloth_ext::copy_columns_", lambda out, part: None, lib=_library)
 torch.library.register_fake("unsloth_ext::beside", _beside, lib=_library)
-torch.library.register_fake("unsloth_ext::swiglu_backward_", _wide_for, lib=_library)
+torch.library.register_fake("unsloth_ext::swiglu_lora_backward_", _results_for, lib=_library)
