@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from unsloth_ext.compiling import compile_model
+from unsloth_ext.compiling import compile_model, keep_dense_weights
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -108,12 +108,38 @@ def differences(found, wanted):
     return loss, (off / sum(g.square().sum() for g in wanted[1].values()).sqrt()).item()
 
 
+def dequantised(run):
+    """(what `run` gives, how many kernels that dequantise it launched)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        result = run()
+        torch.cuda.synchronize()
+    names = [event.name.lower() for event in found.events()]
+    return result, sum("dequant" in name or "pitched" in name for name in names)
+
+
+def with_dense_weights(model, made, eager, compiled):
+    """The same steps with the weights kept dense, and once more without."""
+    _, before = dequantised(lambda: step(model, made))
+    kept = keep_dense_weights(model)
+    step(model, made)  # traced anew
+    found, during = dequantised(lambda: step(model, made))
+    loss, gradients = differences(found, eager)
+    kept.remove()
+    graphs = compiled.report().graphs
+    _, after = dequantised(lambda: step(model, made))
+    return {
+        "dense": {"loss_difference": loss, "gradient_difference": gradients, "dequantised": [before, during, after]},
+        "graphs_with_dense": [graphs, compiled.report().graphs],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=("unsloth", "plain"))
     parser.add_argument("scope", choices=("step", "block"))
     parser.add_argument("checkpointing", choices=("False", "True", "unsloth"))
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--dense", action="store_true", help="then with keep_dense_weights")
     options = parser.parse_args()
     checkpointing = {"True": True, "False": False}.get(options.checkpointing, options.checkpointing)
     checkpoint()
@@ -124,6 +150,7 @@ def main():
     loss, gradients = differences(step(model, made), eager)
     report = compiled.report()
     print(report)
+    dense = with_dense_weights(model, made, eager, compiled) if options.dense else {}
     print(
         json.dumps(
             {
@@ -133,6 +160,7 @@ def main():
                 "loss_difference": loss,
                 "gradient_difference": gradients,
             }
+            | dense
         )
     )
 

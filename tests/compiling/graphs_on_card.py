@@ -6,7 +6,7 @@ import json
 import compile_on_card as card  # imports unsloth_ext and unsloth first
 import torch
 
-from unsloth_ext.compiling import compile_model
+from unsloth_ext.compiling import compile_model, keep_dense_weights
 
 
 def shapes(lengths):
@@ -61,6 +61,7 @@ def main():
     parser.add_argument("kind", choices=("unsloth", "plain"))
     parser.add_argument("scope", choices=("step", "block"))
     parser.add_argument("--dropout", action="store_true")
+    parser.add_argument("--dense", action="store_true", help="with keep_dense_weights")
     options = parser.parse_args()
     card.checkpoint()
     model = card.load(options.kind, False)
@@ -79,6 +80,8 @@ def main():
         for module in model.modules():
             if hasattr(module, "lora_dropout") and "default" in module.lora_dropout:
                 module.lora_dropout["default"] = torch.nn.Dropout(0.2)
+    if options.dense:
+        keep_dense_weights(model)
     recorded = compile_model(model, options.scope, cuda_graphs=True)
     if options.dropout:
         ids = steps[0][0]["input_ids"]

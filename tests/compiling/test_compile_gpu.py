@@ -23,3 +23,12 @@ def test_packed(tmp_path, scope):
     found = run(tmp_path, "unsloth", scope, "False", "--packed")
     assert found["breaks"] == 0 and found["graphs"] <= 4, found
     assert found["loss_difference"] <= 0.02 and found["gradient_difference"] <= 0.05, found
+
+
+@pytest.mark.parametrize("kind", ["unsloth", "plain"])
+def test_dense_weights(tmp_path, kind):
+    found = run(tmp_path, kind, "block", "False", "--dense")
+    dense, (before, during, after) = found["dense"], found["dense"]["dequantised"]
+    assert before > 0 and during == 0 and after == before, found
+    assert dense["loss_difference"] <= 0.02 and dense["gradient_difference"] <= 0.05, found
+    assert len(set(found["graphs_with_dense"])) == 1, found  # the graphs of before are there still

@@ -9,9 +9,12 @@ pytestmark = NEEDS
 run = functools.partial(on_card, "graphs_on_card.py")
 
 
-@pytest.mark.parametrize("kind, scope", [("unsloth", "block"), ("unsloth", "step"), ("plain", "block")])
-def test_the_numbers_of_the_plain_regions(tmp_path, kind, scope):
-    found = run(tmp_path, kind, scope)
+@pytest.mark.parametrize(
+    "kind, scope, more",
+    [("unsloth", "block", ()), ("unsloth", "step", ()), ("plain", "block", ()), ("unsloth", "block", ("--dense",))],
+)
+def test_the_numbers_of_the_plain_regions(tmp_path, kind, scope, more):
+    found = run(tmp_path, kind, scope, *more)
     assert found["forwards"] >= 20 and found["nodes"] >= 1 and found["skips"] == 0, found
     assert found["breaks"] == 0, found
     # The same kernels: only atomics and the choice of a matmul may differ. A stale or doubled gradient is of the order of 1.

@@ -23,7 +23,7 @@ from projection_weights import exact, lora, mean_off, off, results, swiglu_backw
 from unsloth_ext.compiling import projections
 from unsloth_ext.compiling import projections_operators as operators
 from unsloth_ext.compiling.projections_patch import PATCHES, _linear, _mlp, _qkv, _side_by_side, _stand_in
-from unsloth_ext.nf4 import dequantize
+from unsloth_ext.nf4 import dense_copies, dequantize
 from unsloth_ext.patching import NotHere
 
 needs_unsloth = pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed: make setup")
@@ -145,6 +145,39 @@ def test_one_graph_for_all_lengths(name):
     assert counter.frame_count == made > 0
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_weights_that_are_kept_dense(name):
+    """The same numbers from weights that are inputs of the graph: nothing is dequantised, and no size of theirs is a symbol."""
+    given = given_for(name, (8, 16, 3), torch.bfloat16, dtype_of_lora=torch.float32)
+    x, outer = torch.randn(2, 19, H).to(torch.bfloat16).requires_grad_(), outer_of(name, (2, 19), torch.bfloat16)
+    torch._dynamo.reset()
+    plain = results(function(name, given), x, given, outer)
+    weights = [one[:2] for one in given]
+    groups = [weights[:2], weights[2:]] if name == "MLP" else [weights]
+    room = [{"beside": 64, "below": 64}, {"below": 64}] if name == "MLP" else [{"below": 64}]
+    kept = [dense_copies.keep(group, **space) for group, space in zip(groups, room, strict=True)]
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([node for node in graph.graph.nodes if "nf4" in str(node.target)])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    run = torch.compile(function(name, given), backend=backend, fullgraph=True, dynamic=True)
+    assert off(results(run, x, given, outer), [one.double() for one in plain]) < EPSILON[torch.bfloat16]
+    assert seen and not any(seen) and all(group.is_current() for group in kept)
+    graphs = len(seen)
+    x = torch.randn(3, 7, H).to(torch.bfloat16).requires_grad_()
+    outer = outer_of(name, (3, 7), torch.bfloat16)
+    for a in (one[2] for one in given):  # what stands beside and below the weights is each time the adapter of now
+        a.data.mul_(-0.5)
+    again = results(run, x, given, outer)
+    assert len(seen) == graphs
+    dense_copies.drop([one[1] for one in given])
+    assert (
+        off(again, [one.double() for one in results(function(name, given), x, given, outer)]) < EPSILON[torch.bfloat16]
+    )
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["MLP", "QKV"])
 def test_inductor_copies_nothing_together(name):
@@ -259,9 +292,9 @@ def test_kernel_compiles_for_hopper():
     from unsloth_ext.compiling.projections_kernel import swiglu_backward_kernel, swiglu_lora_backward_kernel
 
     signature = dict.fromkeys(("dh_ptr", "e_ptr", "g_ptr", "wide_ptr"), "*bf16")
-    signature |= dict.fromkeys(("width", "pitch", "blocks"), "i32") | {"BLOCK": "constexpr"}
+    signature |= dict.fromkeys(("width", "pitch", "blocks"), "i32") | {"BLOCK": "constexpr", "PTX": "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(6)}
-    source = triton.compiler.ASTSource(swiglu_backward_kernel, signature, {"BLOCK": 1024}, aligned)
+    source = triton.compiler.ASTSource(swiglu_backward_kernel, signature, {"BLOCK": 1024, "PTX": True}, aligned)
     assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
     assert (
         len(re.findall(r"ld\.global\S*\.v4", assembly)) == len(re.findall(r"st\.global\S*\.v4", assembly)) == 3
@@ -271,7 +304,7 @@ def test_kernel_compiles_for_hopper():
     signature = {
         name: ("*fp32" if name == "sums_ptr" else "*bf16") if name.endswith("_ptr") else "i32" for name in names
     }
-    blocks = {"ROWS": kernel._ROWS, "COLUMNS": kernel._COLUMNS, "RANK": 16}
+    blocks = {"ROWS": kernel._ROWS, "COLUMNS": kernel._COLUMNS, "RANK": 16, "PTX": True}
     signature |= dict.fromkeys(blocks, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
     source = triton.compiler.ASTSource(swiglu_lora_backward_kernel, signature, blocks, aligned)

@@ -8,6 +8,7 @@ _WHERE = {
     "CompiledModel": "compiled_model",
     "CompileError": "compile_failure",
     "CompileReport": "compile_report",
+    "keep_dense_weights": "dense_weights",
     "memory_budget": "memory_controller",
     "packed_arguments": "packed",
     "packed_attention": "attention",

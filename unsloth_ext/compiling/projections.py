@@ -28,6 +28,7 @@ import torch
 
 from ..nf4 import dequantization
 from ..nf4.augmented import nf4_augmented, nf4_stacked
+from ..nf4.dense_copies import copy_of, group_of, product_below, product_beside
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
 from .projections_operators import add_product_, beside, copy_columns_, swiglu_lora_backward_
 
@@ -127,7 +128,7 @@ class QKV(torch.autograd.Function):
         x, q_a, q_b, k_a, k_b, v_a, v_b, q_low, k_low, v_low = ctx.saved_tensors
         a_s, b_s = (q_a, k_a, v_a), (q_b, k_b, v_b)
         wide, dy, p = _side_by_side((dq.flatten(0, -2), dk.flatten(0, -2), dv.flatten(0, -2)), b_s, ctx.scalings)
-        dx = wide @ _stacked(ctx.weights, a_s, x.dtype)
+        dx = _times_stacked(wide, ctx.weights, a_s)
         dq_a, dk_a, dv_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
         dq_b, dk_b, dv_b = _gradients_of_b(dy, torch.cat([q_low, k_low, v_low], 1), b_s, ctx.scalings)
         return (dx.view_as(x), None, None, dq_a, dq_b, None, None, None, dk_a, dk_b, None, None, None, dv_a, dv_b, None)  # fmt: skip
@@ -162,7 +163,7 @@ class MLP(torch.autograd.Function):
         p = dy @ _block_diagonal((down_b,), (down_scaling,), dy.dtype)
         # dY is copied beside p: a tenth of reading and writing dh again.
         dh = beside([dy, p, p.new_zeros(p.shape[0], -p.shape[1] % _COLUMNS)])
-        dh = dh @ _stacked((down_weight,), (down_a,), x.dtype)
+        dh = _times_stacked(dh, (down_weight,), (down_a,))
         (ddown_b,) = _gradients_of_b(dy, down_low, (down_b,), (down_scaling,))
         a_s, b_s, scalings = (gate_a, up_a), (gate_b, up_b), (gate_scaling, up_scaling)
         wide, sums = swiglu_lora_backward_(
@@ -174,7 +175,7 @@ class MLP(torch.autograd.Function):
         ddown_a = sums[end : end + down_a.shape[0]].to(down_a.dtype)
         _, p = _add_columns(wide, b_s, scalings)
         dgate_a, dup_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
-        dx = wide @ _stacked((gate_weight, up_weight), a_s, x.dtype)
+        dx = _times_stacked(wide, (gate_weight, up_weight), a_s)
         return (
             dx.view_as(x), None, None, dgate_a, dgate_b, None, None, None, dup_a, dup_b, None,
             None, None, ddown_a, ddown_b, None, None,
@@ -217,12 +218,20 @@ def _columns(x, low, gate_a, up_a):
 
 
 def _gate(wide, packed, state, b, scaling):
-    weight = nf4_augmented(packed, state, _scaled(b, scaling), None, wide.dtype)
+    """wide: what `_columns` gives; gate's are the first."""
+    scaled, kept = _scaled(b, scaling), copy_of(state, wide.dtype, wide.device)
+    if kept is not None:
+        return product_beside(wide[:, : scaled.shape[1] + kept.shape[1]], kept, scaled, True)
+    weight = nf4_augmented(packed, state, scaled, None, wide.dtype)
     return wide[:, : weight.shape[1]] @ weight.t()
 
 
 def _up(wide, packed, state, b, scaling):
-    weight = nf4_augmented(packed, state, None, _scaled(b, scaling), wide.dtype)
+    """wide: what `_columns` gives; up's are the last."""
+    scaled, kept = _scaled(b, scaling), copy_of(state, wide.dtype, wide.device)
+    if kept is not None:
+        return product_beside(wide[:, wide.shape[1] - scaled.shape[1] - kept.shape[1] :], kept, scaled, False)
+    weight = nf4_augmented(packed, state, None, scaled, wide.dtype)
     return wide[:, wide.shape[1] - weight.shape[1] :] @ weight.t()
 
 
@@ -262,10 +271,14 @@ def _block_diagonal(b_s, scalings, dtype):
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def _stacked(weights, a_s, dtype):
-    """[W_1; W_2; ...; A_1; A_2; ...; zeros], as many rows as there are columns side by side."""
+def _times_stacked(wide, weights, a_s):
+    """[dY_1 | dY_2 | ... | p_1 | p_2 | ... | zeros] [W_1; W_2; ...; A_1; A_2; ...; zeros]."""
     rank = sum(a.shape[0] for a in a_s)
-    return nf4_stacked(weights, [*a_s, a_s[0].new_zeros(-rank % _COLUMNS, a_s[0].shape[1])], dtype)
+    rows = [*a_s, a_s[0].new_zeros(-rank % _COLUMNS, a_s[0].shape[1])]
+    kept = group_of([state for _, state in weights], wide.dtype, wide.device)
+    if kept is not None:
+        return product_below(wide, kept, rows)
+    return wide @ nf4_stacked(weights, rows, wide.dtype)
 
 
 def _padding(ranks) -> int:

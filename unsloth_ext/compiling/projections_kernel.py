@@ -8,20 +8,34 @@ stay in its registers, and three quarters of a gigabyte a layer (8B, 8192 tokens
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 
 MOST_RANK = 64  # beyond, the sums would not stay in registers
 _BLOCK = 1024  # 8 elements a thread: 16 bytes a load
-_ROWS, _COLUMNS, _WARPS, _STAGES = 32, 64, 4, 4  # rows of a step, columns of a program
-_PROGRAMS = 1024  # about; each split of the rows writes its sums
+_ROWS, _COLUMNS, _WARPS, _STAGES = 32, 64, 4, 3  # rows of a step, columns of a program
+_PROGRAMS = 4096  # about; each split of the rows writes its sums
+_PTX = os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @triton.jit
-def _swiglu_backward_of(dh, e, g, dtype: tl.constexpr):
+def _sigmoid(x, PTX: tl.constexpr):
+    """To 2^-21. The division and the exponential of Triton also mind what is too small for 16 bits to see: a third of all instructions."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def _swiglu_backward_of(dh, e, g, dtype: tl.constexpr, PTX: tl.constexpr):
     """(de, dg, h) of fp32 tiles, where the product of two 16-bit numbers is exact; rounded where a 16-bit product would be."""
-    sigmoid = tl.sigmoid(e)
+    sigmoid = _sigmoid(e, PTX)
     f = (sigmoid * e).to(dtype).to(tl.float32)
     de = (dh * g).to(dtype).to(tl.float32) * sigmoid * (1.0 + e * (1.0 - sigmoid))
     return de.to(dtype), (dh * f).to(dtype), (f * g).to(dtype)
@@ -37,6 +51,7 @@ def swiglu_backward_kernel(
     pitch,
     blocks,  # of a row
     BLOCK: tl.constexpr,
+    PTX: tl.constexpr,  # False in the interpreter
 ):
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
@@ -46,7 +61,7 @@ def swiglu_backward_kernel(
     dh = tl.load(dh_ptr + here, mask=inside, other=0).to(tl.float32)
     e = tl.load(e_ptr + here, mask=inside, other=0).to(tl.float32)
     g = tl.load(g_ptr + here, mask=inside, other=0).to(tl.float32)
-    de, dg, h = _swiglu_backward_of(dh, e, g, dh_ptr.dtype.element_ty)
+    de, dg, h = _swiglu_backward_of(dh, e, g, dh_ptr.dtype.element_ty, PTX)
     there = wide_ptr + row * pitch + at
     tl.store(dh_ptr + here, h, mask=inside)
     tl.store(there, de, mask=inside)
@@ -58,7 +73,7 @@ def swiglu_backward(dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, wide: to
     rows, width = dh.shape
     blocks = triton.cdiv(width, _BLOCK)
     if rows * blocks:
-        swiglu_backward_kernel[(rows * blocks,)](dh, e, g, wide, width, wide.stride(0), blocks, BLOCK=_BLOCK)
+        swiglu_backward_kernel[(rows * blocks,)](dh, e, g, wide, width, wide.stride(0), blocks, BLOCK=_BLOCK, PTX=_PTX)
 
 
 @triton.jit
@@ -90,6 +105,7 @@ def swiglu_lora_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,  # at least each of the ranks
+    PTX: tl.constexpr,  # False in the interpreter
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
@@ -108,7 +124,7 @@ def swiglu_lora_backward_kernel(
         gate_low = _narrow_transposed(low_ptr, rows, many, low_pitch, gate_rank, RANK)
         up_low = _narrow_transposed(low_ptr + gate_rank, rows, many, low_pitch, up_rank, RANK)
         down_p = _narrow_transposed(p_ptr, rows, many, p_pitch, down_rank, RANK)
-        de, dg, h = _swiglu_backward_of(dh, e, g, dtype)
+        de, dg, h = _swiglu_backward_of(dh, e, g, dtype, PTX)
         there = wide_ptr + rows[:, None] * pitch + columns[None, :]
         tl.store(dh_ptr + here, h, mask=inside)
         tl.store(there, de, mask=inside)
@@ -144,7 +160,7 @@ def swiglu_lora_backward(
     if sums.numel():
         swiglu_lora_backward_kernel[(strips, splits)](
             dh, e, g, wide, low, p, sums, rows, width, wide.stride(0), low.stride(0), p.stride(0), gate_rank, up_rank, down_rank, share,
-            ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=triton.next_power_of_2(max(16, gate_rank, up_rank, down_rank)),
+            ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=triton.next_power_of_2(max(16, gate_rank, up_rank, down_rank)), PTX=_PTX,
             num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
     return sums[0] if splits == 1 else sums.sum(0)

@@ -21,7 +21,7 @@ import weakref
 
 import torch
 
-from . import reference
+from . import dense_copies, reference
 from .quant_state import NF4State, check, offset_on, read
 
 __all__ = ["dequantize", "forget", "plans", "run", "traced"]
@@ -356,7 +356,9 @@ torch.library.register_fake("unsloth_ext::dequantize_nf4_out", _operator_out_fak
 
 
 def traced(packed, quant_state, out=None, dtype=None):
-    """`dequantize` for torch.compile: one node of the graph, no graph break."""
+    """`dequantize` for torch.compile: one node of the graph, no graph break; none where the dense weight is kept (dense_copies.py)."""
+    if out is None and (kept := dense_copies.copy_of(quant_state, dtype, packed.device)) is not None:
+        return kept.t() if packed.shape[0] == 1 else kept
     state = read(quant_state)
     offset = state.offset
     if offset is not None and not isinstance(offset, torch.Tensor):

@@ -260,6 +260,7 @@ def _matmul_lora(module, original, few):
 def _matmul_4bit(original):
     import torch
 
+    from .dense_copies import copy_of
     from .matmul import _wants_gradient, linear
     from .matmul_table import FACTORS, MOST_ROWS, enabled
 
@@ -273,6 +274,14 @@ def _matmul_4bit(original):
     @functools.wraps(original)
     def matmul_4bit(A, B, quant_state, out=None, bias=None):
         if is_dynamo_compiling():
+            kept = copy_of(quant_state, A.dtype, A.device)
+            if (
+                kept is not None
+                and out is None
+                and A.shape[-1] == kept.shape[1]
+                and (bias is None or bias.dtype == A.dtype)
+            ):
+                return torch.nn.functional.linear(A, kept, bias)
             if (
                 out is None
                 and A.is_cuda
