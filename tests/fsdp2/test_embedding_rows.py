@@ -35,7 +35,7 @@ def _connected(whole, mesh, sharded, dtype=None):
         embedding.weight = torch.nn.Parameter(RowShard(whole[start:stop], whole.shape, rank, world), False)
     assert can_be_read_by_rows(embedding)
     rows = EmbeddingRows(embedding, mesh, rank, world, device_of(mesh), dtype)
-    assert connect([], mesh, rows=rows) is None
+    assert connect([], mesh, others=[rows]) is None
     return embedding
 
 

@@ -128,16 +128,17 @@ class UnitGather:
         return [self.buffer[at : at + size * self.world] for _, at, size in self.places[index]]
 
 
-def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, rows=None) -> str | None:
+def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, others=()) -> str | None:
     """Gather these units by copies. A collective. None, or what stands against it on some rank: then nothing has changed.
 
-    units: sharded NF4 weights by FSDP2 unit, in the same order on every rank. rows: `EmbeddingRows`, or None.
+    units: sharded NF4 weights by FSDP2 unit, in the same order on every rank. others: what else reads the ranks' memory, `EmbeddingRows`
+    and `RingGather`: each gets `memory`, allocates its `part` in `move_in()`, and is told of all ranks' in `read_from(addresses, rank)`.
     """
     rank, world = position(mesh)
     ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
     team = Team("sharing memory between ranks", timeout)
     device = units[0][0].fields.packed.device if units and units[0] else device_of(mesh)
-    units, rows = (units, rows) if world > 1 else ([], None)
+    units, others = (units, others) if world > 1 else ([], ())
     memory = identity = reason = None
     try:
         memory = peer_memory.of_device(device)
@@ -152,7 +153,7 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, rows=No
     everyone = [everyone[r] for r in ranks]
     if len({host for _, host, _ in everyone}) > 1:
         reason = "the ranks are on several hosts"
-    elif units or rows:
+    elif units or others:
         try:
             reason = memory.out_of_reach([identity for _, _, identity in everyone])
         except Exception as error:
@@ -160,21 +161,21 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, rows=No
     if reason := _first(team.gather(reason)):
         return reason
     try:
-        return _connect(units, rows, ranks, rank, memory, device, team)
+        return _connect(units, others, ranks, rank, memory, device, team)
     finally:
         if isinstance(memory, peer_memory.HostMemory):
             memory.forget()
 
 
-def _connect(units, rows, ranks: list[int], rank: int, memory, device: torch.device, team: Team) -> str | None:
+def _connect(units, others, ranks: list[int], rank: int, memory, device: torch.device, team: Team) -> str | None:
     made: list = []
     offers: list | str = []
     try:
-        if rows is not None:
-            rows.memory = memory
-        for one in (*units, *([] if rows is None else [rows])):
-            made.append(UnitGather(one, len(ranks), memory) if isinstance(one, list) else one)
-            made[-1].move_in()
+        for one in others:
+            one.memory = memory
+        for unit in (*(UnitGather(shards, len(ranks), memory) for shards in units), *others):
+            made.append(unit)
+            unit.move_in()
             offers.append(memory.offer(made[-1].part))
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ import torch
 __all__ = ["HostMemory", "PeerMemory", "of_device"]
 
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_GREATER_OR_EQUAL = (
+    0  # CU_STREAM_WAIT_VALUE_GEQ: of the difference as a signed number, so it goes on where the numbers begin anew
+)
+_PATIENCE = 600.0  # seconds that a process on a CPU waits for another
 
 
 def of_device(device: torch.device):
@@ -34,6 +39,22 @@ def of_device(device: torch.device):
     return PeerMemory(device)
 
 
+def streams_can_wait(device: torch.device) -> bool:
+    """Whether `write_number` and `wait_for_number` work there: tried, as not every driver that has them lets them be used."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return device.type == "cpu"
+    try:
+        number, stream = torch.zeros(1, dtype=torch.int32, device=device), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device):
+            PeerMemory.write_number(number.data_ptr(), [], 7, stream.cuda_stream)
+            PeerMemory.wait_for_number(number.data_ptr(), 7, stream.cuda_stream, 0)
+        stream.synchronize()
+        return number.item() == 7
+    except (AttributeError, OSError, RuntimeError):
+        return False
+
+
 class _Handle(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_ubyte * 64),)  # CUipcMemHandle
 
@@ -45,6 +66,9 @@ def _driver():
     driver.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
     driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
+    for name in ("cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
+        if hasattr(driver, name):
+            getattr(driver, name).argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
     driver.cuMemGetAddressRange_v2.argtypes = [
         ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_size_t), ctypes.c_uint64,
     ]  # fmt: skip
@@ -146,6 +170,20 @@ class PeerMemory:
             if code := queue(at + offset, source, size, stream):
                 _must(code, "copying from another rank's memory")
 
+    @staticmethod
+    def write_number(at: int, targets: list[int], number: int, stream: int) -> None:
+        """Write a 32-bit number here, and from here to addresses of other ranks, in stream order."""
+        driver = _driver()
+        _must(driver.cuStreamWriteValue32_v2(stream, at, number, 0), "writing a number")
+        for target in targets:
+            _must(driver.cuMemcpyAsync(target, at, 4, stream), "writing a number to another rank")
+
+    @staticmethod
+    def wait_for_number(at: int, number: int, stream: int, rank: int) -> None:
+        """Let the stream wait until the number here is `number` or has passed it. It waits as long as a collective would not: until this
+        process ends. (The next collective's time limit is what ends a run of which a rank has died.)"""
+        _must(_driver().cuStreamWaitValue32_v2(stream, at, number, _GREATER_OR_EQUAL), "waiting for another rank")
+
 
 class HostMemory:
     """The same for processes on CPUs."""
@@ -198,3 +236,17 @@ class HostMemory:
     def copy(copies, at: int, stream: int) -> None:
         for offset, source, size in copies:
             ctypes.memmove(at + offset, source, size)
+
+    @staticmethod
+    def write_number(at: int, targets: list[int], number: int, stream: int) -> None:
+        for target in targets:
+            ctypes.c_uint32.from_address(target).value = number
+
+    @staticmethod
+    def wait_for_number(at: int, number: int, stream: int, rank: int) -> None:
+        """Raises RuntimeError, naming the rank, after ten minutes."""
+        seen, end = ctypes.c_uint32.from_address(at), time.monotonic() + _PATIENCE
+        while ((seen.value - number) & 0xFFFFFFFF) >= 1 << 31:
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank {rank} has not come to this gather within {_PATIENCE:g} s")
+            time.sleep(2e-5)

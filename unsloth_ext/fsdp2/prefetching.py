@@ -30,7 +30,7 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) ->
         model.register_forward_pre_hook(_embedding_first(ends[0]), with_kwargs=True, prepend=True)
     order = [*layers, *(end for end in ends if end is not embedding)]
     for index, layer in enumerate(layers):
-        following = order[index + 1 : index + 1 + depth]
+        following = order[index + 1 : index + 1 + (depth if index else 1)]
         if following:
             layer.register_forward_pre_hook(_prefetcher(layer, following), prepend=True)  # before FSDP2's, which asks
         before = layers[max(0, index - depth) : index][::-1]

@@ -38,10 +38,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import Refused, UsageError
-from . import kept_layers, peer_gather, prefetching, switch
+from . import kept_layers, peer_gather, peer_memory, prefetching, switch
 from .embedding_rows import EmbeddingRows, can_be_read_by_rows
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
+from .ring_gather import ring_for
 from .row_shard import RowShard
 from .team import Team
 
@@ -112,6 +113,7 @@ def shard(
         kept_whole |= _small_in(layers)
         trains = any(p.requires_grad for p in model.parameters())
         limit = kept_layers.limit_of(device) if trains and not cpu_offload else 0
+        waits = peer_memory.streams_can_wait(device)
     except Exception as problem:
         error = problem
     team = Team("sharding the model", timeout)
@@ -120,12 +122,12 @@ def shard(
         reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload, mixed_precision=policy, residency=residency,
         gather=gather,
     )  # fmt: skip
-    everyone = team.gather((settings, limit))
+    everyone = team.gather((settings, limit, waits))
     for name in settings:
-        if len(different := dict.fromkeys(str(one[name]) for one, _ in everyone)) > 1:
+        if len(different := dict.fromkeys(str(one[name]) for one, *_ in everyone)) > 1:
             raise UsageError(f"{name} must be the same on every rank, got {' and '.join(different)}")
     if residency == "auto":
-        residency = min(limit for _, limit in everyone)
+        residency = min(limit for _, limit, _ in everyone)
     elif residency == "all":
         residency = float("inf")
 
@@ -144,7 +146,9 @@ def shard(
     cut_4bit(model, rank, world, device)
     _move_rest(model, device)
     fully_shard(model, **options, ignored_params=kept_whole | ({rows.embedding.weight} if rows else set()))
-    hindrance = _connect(model, layers, ends, mesh, rows, timeout) if by_copies else None
+    ring = ring_for(layers, world, policy.param_dtype) if by_copies and all(waits for *_, waits in everyone) else None
+    others = [one for one in (rows, ring) if one is not None]
+    hindrance = _connect(model, layers, ends, mesh, others, timeout) if by_copies else None
     if rows and hindrance:
         fully_shard(rows.embedding, **options)
         ends.insert(0, rows.embedding)
@@ -261,7 +265,7 @@ def _move_rest(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _connect(model, layers, ends, mesh, rows: EmbeddingRows | None, timeout) -> str | None:
+def _connect(model, layers, ends, mesh, others: list, timeout) -> str | None:
     """Connect the ranks for gathers by copies. Returns what stands against it."""
     shards, seen = [], set()
     for module in (*layers, *ends, model):  # the model: what no unit has
@@ -269,7 +273,7 @@ def _connect(model, layers, ends, mesh, rows: EmbeddingRows | None, timeout) -> 
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         shards.append([shard for p in new if (shard := _shard_of(p)) is not None])
-    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout, rows)
+    return peer_gather.connect([unit for unit in shards if unit], mesh, timeout, others)
 
 
 def _shard_of(parameter) -> NF4Shard | None:
