@@ -9,7 +9,9 @@ several. Adapters are kept in float32: trl would turn those of a 4-bit model to 
 Without clipping, runs that differ only in the order of sums can be equal in every bit: gradients come in bfloat16, and a few of those
 add up exactly in float32. Clipping divides by a norm that is summed in another order over parts; one rounded bit in a weight changes
 all activations after it, and runs part. How far that takes them one card says of itself: clipped at the next larger float32.
-`--attention eager` leaves fused attention out, with which SFT's losses part a little (NOTES.md).
+`--attention eager` leaves fused attention out, with which SFT's losses part a little (NOTES.md). `--deterministic` keeps it: every side runs
+under `torch.use_deterministic_algorithms(True)`, where SDPA takes a kernel whose backward is the same each time, and not cuDNN's.
+What is left then is the sharding's own. An operator that has no such form fails the run (with warn_only, SDPA would take cuDNN's again).
 """
 
 import argparse
@@ -58,6 +60,7 @@ def train(kind: str, args) -> list[float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+    torch.use_deterministic_algorithms(args.deterministic)
     world = int(os.environ.get("WORLD_SIZE", 1))
     dtype = torch.float32 if args.cpu else torch.bfloat16
     if args.cpu:
@@ -121,6 +124,8 @@ def _claims(rows, record, args) -> list[dict]:
     if len(free) < len(KINDS):
         return []
     said = f"one card, {args.steps} steps of SFT and of DPO by trl's trainers in bfloat16, {args.attention} attention, not clipped, {args.nproc} ranks"
+    if args.deterministic:
+        said += ", all under torch.use_deterministic_algorithms"
     for clip, words in ((0.0, "DDP's"), (1.0, "DDP's clipped at 1")):
         if others := [row["DDP from one card"] for row in apart[clip] if "DDP from one card" in row]:
             said += f"; {words}: {max(others):.6f}"
@@ -140,6 +145,9 @@ def parse():
         "--clips", nargs="+", type=float, choices=CLIPS, default=list(CLIPS), help="max_grad_norm; 0: none"
     )
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' attention")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="no algorithm whose result differs from run to run"
+    )
     parser.add_argument("--limit", type=int, default=300, help="seconds a run")
     parser.add_argument(
         "--at-once", type=int, default=1, help="runs side by side on the same cards: losses need no quiet host"
@@ -184,7 +192,7 @@ def main() -> int:
         ]
         options += ["--attention", args.attention]
         options += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
-        options += [f"--{flag}" for flag in ("tiny", "cpu") if getattr(args, flag)]
+        options += [f"--{flag}" for flag in ("tiny", "cpu", "deterministic") if getattr(args, flag)]
         sides = {
             "one card": (1, None),
             "sharded": (args.nproc, "1"),
@@ -217,6 +225,7 @@ def main() -> int:
                     "kind": kind,
                     "clip": clip,
                     "attention": args.attention,
+                    "deterministic": args.deterministic,
                     "ranks": args.nproc,
                     "unit": "nats",
                     **found,

@@ -107,6 +107,25 @@ def test_budgets_hold_and_predictions_agree():
         assert peak == pytest.approx(predicted, rel=0.1), (share, rows)
 
 
+def test_what_is_there_is_asked_for_without_the_driver(monkeypatch):
+    """At the start of a step; it is asked in the step before."""
+    model, tokens = card_model(layers=2)
+    budget = memory_budget(model, "auto")
+    for _ in range(3):
+        trained(model, tokens)
+    counts = budget.meter.counts()
+    assert counts.allocated == torch.cuda.memory_allocated() and counts.reserved == torch.cuda.memory_reserved()
+    assert counts.peak == torch.cuda.max_memory_allocated()
+    limit, asked, driver = budget.limit(), [], torch.cuda.mem_get_info
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: asked.append(a) or driver(*a))
+    loss = model(input_ids=tokens, labels=tokens).loss
+    assert not asked
+    loss.backward()
+    assert len(asked) == 1
+    budget.meter.look()
+    assert abs(budget.limit() - limit) < 2**28
+
+
 def test_offloaded_bytes_leave_the_card():
     model, tokens = card_model()
     budget = memory_budget(model, "auto")

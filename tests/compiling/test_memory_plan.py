@@ -301,6 +301,23 @@ def test_a_longer_batch_is_planned_anew(monkeypatch):
         trained(model, tokens_of(8, 400))
 
 
+def test_a_step_is_planned_with_the_gradients_that_are_still_to_come():
+    model, tokens = model_of(), tokens_of()
+    budget = memory_budget(model, "64GiB")
+    sizes = {p: p.numel() * p.element_size() for p in model.parameters() if p.requires_grad}
+
+    def static():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        return budget.plan.static
+
+    none_there, all_there = static(), static()
+    assert none_there - all_there == sum(sizes.values())
+    for missing in (list(sizes)[:1], list(sizes)[3:], list(sizes)):
+        for p in missing:
+            p.grad = None
+        assert static() - all_there == sum(sizes[p] for p in missing)
+
+
 def test_what_is_as_quick_is_kept():
     """On a busy machine a probe may find that recomputing takes no time."""
     costs = Costs(

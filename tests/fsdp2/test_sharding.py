@@ -67,7 +67,8 @@ def test_twenty_steps_equal_one_process(ranks, checkpoints):
         for name, expected in gradients.items():
             torch.testing.assert_close(answers[0][1][name], expected, rtol=0, atol=1e-5)
         mean = torch.tensor([a[0] for a in answers]).mean(0)
-        torch.testing.assert_close(mean, torch.tensor(losses), rtol=0, atol=1e-5)
+        # Which products a CPU has decides the last bits: 1.3e-5 at the 17th step of one.
+        torch.testing.assert_close(mean, torch.tensor(losses), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("kind", ["tied-16bit", pytest.param("16bit", marks=pytest.mark.extended)])

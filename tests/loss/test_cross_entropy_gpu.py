@@ -6,7 +6,11 @@ import pytest
 import torch
 from linear_oracle import error, in_fp64, inputs, values
 
+from unsloth_ext import card_memory
+from unsloth_ext.loss import cross_entropy_op as op
+from unsloth_ext.loss.chunk_size import rows_per_chunk
 from unsloth_ext.loss.cross_entropy import linear_cross_entropy
+from unsloth_ext.loss.labelled_rows import LabelledRows
 from unsloth_ext.loss.logprobs import linear_logprobs
 
 pytestmark = pytest.mark.gpu
@@ -135,6 +139,45 @@ def test_grad_scaler_and_fp16():
     scaler = torch.amp.GradScaler("cuda", init_scale=65536.0)
     found = torch.autograd.grad(scaler.scale(linear_cross_entropy(hidden, weight.detach(), labels)), hidden)[0]
     assert error(found, true) < 0.001
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_labelled_rows_wait_for_their_count_alone(trained):
+    hidden, weight, labels, _ = inputs(3000, 256, 5003, dtype=torch.bfloat16, device="cuda", ignored=3)
+    weight.requires_grad_(trained)
+    wanted = (hidden, weight) if trained else (hidden,)
+    chosen = (labels != -100).nonzero()[:, 0]
+    expected = linear_cross_entropy(hidden[chosen], weight, labels[chosen])
+    expected = [expected, *torch.autograd.grad(expected, wanted)]
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                torch.cuda._sleep(10**8)  # the host is ahead
+                torch.cuda.set_sync_debug_mode("error")
+                try:  # waiting for an event is none of what this mode sees
+                    loss = linear_cross_entropy(hidden, weight, labels, labelled=LabelledRows.of(labels != -100))
+                    found = [loss, *torch.autograd.grad(loss, wanted)]
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                for a, b in zip(found, expected, strict=True):  # on another stream cuBLAS may choose otherwise
+                    assert torch.equal(a, b) if stream == torch.cuda.default_stream() else error(a, b) < 1e-3
+
+
+def test_free_memory_decides_what_it_would_decide_if_it_were_always_asked(monkeypatch):
+    hidden = torch.empty(4096, 512, device="cuda", dtype=torch.bfloat16)
+    weight = torch.empty(32000, 512, device="cuda", dtype=torch.bfloat16)
+    torch.empty(1 << 30, dtype=torch.uint8, device="cuda")  # the allocator holds it unused
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert card_memory.free_bytes(hidden.device) == free
+    asked = []
+    driver = torch.cuda.mem_get_info
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: asked.append(a) or driver(*a))
+    assert 1 << 30 <= card_memory.free_bytes(hidden.device, 1 << 29) <= free and not asked
+    assert not op._is_lean("auto", hidden, weight, False) and op.memory_ahead(hidden, weight, False) == "fast"
+    assert rows_per_chunk("auto", 4096, 1000, 512, False, hidden.device) == 512 and not asked
+    torch.cuda.empty_cache()
+    assert not op._is_lean("auto", hidden, weight, False) and len(asked) == 1
 
 
 @pytest.mark.parametrize(

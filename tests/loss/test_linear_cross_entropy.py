@@ -12,6 +12,7 @@ from torch.library import opcheck
 from unsloth_ext.loss import cross_entropy_op as op
 from unsloth_ext.loss import linear_softmax
 from unsloth_ext.loss.cross_entropy import linear_cross_entropy
+from unsloth_ext.loss.labelled_rows import LabelledRows
 from unsloth_ext.loss.softmax import Options
 from unsloth_ext.loss.workspace import MIN_COLUMNS, row_chunks
 
@@ -281,6 +282,65 @@ def test_whole_graph_compile():
         torch.testing.assert_close(found, expected)
         wanted = (hidden, weight, bias)
         torch.testing.assert_close(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.89, 0.95, 1.0])
+def test_labelled_rows_are_those_that_nonzero_finds(share):
+    for rows in (0, 1, random.randint(2, 300), 5000):
+        keep = torch.rand(rows) < share
+        expected = keep.nonzero()[:, 0]
+        found = LabelledRows.of(keep).indices()
+        if 0 < len(expected) < 0.9 * rows:
+            assert torch.equal(found, expected) and found.dtype == torch.int64
+        else:
+            assert found is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+def test_the_loss_of_labelled_rows_is_that_of_the_rows_taken_out(trained, dtype):
+    """To the bit, for a gradient that comes in and for a second backward through a graph that was kept."""
+    rows = random.choice([40, 41, 97])
+    hidden, weight, labels, bias = inputs(rows=rows, dtype=dtype, ignored=random.choice([2, 3]))
+    wanted = [
+        x for x, needed in zip((hidden, weight, bias), trained, strict=True) if x.requires_grad_(needed).requires_grad
+    ]
+    chosen = (labels != -100).nonzero()[:, 0]
+    factor = torch.tensor(3.0)
+    for extra in (
+        {},
+        {"reduction": "sum"},
+        {"num_items_in_batch": torch.tensor(11)},
+        {"z_loss": 0.01, "memory": "lean"},
+    ):
+
+        def run(hidden, labels, extra=extra, **keywords):
+            loss = linear_cross_entropy(hidden, weight, labels, bias, **extra, **keywords)
+            first, second = (torch.autograd.grad(loss * factor, wanted, retain_graph=again) for again in (True, False))
+            with torch.no_grad():
+                return (
+                    loss.detach(),
+                    *first,
+                    *second,
+                    linear_cross_entropy(hidden, weight, labels, bias, **extra, **keywords),
+                )
+
+        found = run(hidden, labels, labelled=LabelledRows.of(labels != -100))
+        expected = run(hidden.index_select(0, chosen), labels[chosen])
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype, extra
+
+
+def test_labelled_rows_that_do_not_fit_say_so():
+    hidden, weight, labels, _ = inputs()
+    with pytest.raises(ValueError, match="labelled was made for 36 rows, hidden has 37"):
+        linear_cross_entropy(hidden, weight, labels, labelled=LabelledRows.of(labels[1:] != -100))
+    with pytest.raises(ValueError, match="labelled rows are summed"):
+        linear_cross_entropy(hidden, weight, labels, reduction="none", labelled=LabelledRows.of(labels != -100))
+    loss = linear_cross_entropy(hidden, weight, labels, labelled=LabelledRows.of(labels != -100))
+    (gradient,) = torch.autograd.grad(loss * loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 BAD = [

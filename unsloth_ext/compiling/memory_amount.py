@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .. import card_memory
+from ..card_memory import Counts
+
 _UNITS = {"": 1, "B": 1, **{f"{p}{s}": b**i for i, p in enumerate("KMGT", 1) for s, b in (("B", 1000), ("iB", 1024))}}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*|%)\s*")
 # What stays free of the budget. A card's free memory is also wanted by fragmentation, cuBLAS workspaces and NCCL; an amount
 # given in bytes is what the allocator's own count must not exceed.
 MARGIN_OF_CARD, MARGIN_OF_AMOUNT = 0.06, 0.02
+RECENT = 1.0  # seconds for which what the driver said is taken for what is
 
 
 def parse(budget) -> tuple[str, float]:
@@ -57,21 +62,33 @@ class Card:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._looked = (float("-inf"), 0, 0)  # when the driver was asked, what it left to this process, all of the card
+
+    def look(self) -> None:
+        """Ask the driver, where the host has time for it: `limit` then need not ask at the start of the next step."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        # What others have is not to be had. What this process allocates or frees meanwhile does not change the sum.
+        mine = free + card_memory.counts(self.device).reserved
+        self._looked = (time.monotonic(), mine, total)
 
     def limit(self, budget: tuple[str, float], margin: float | None) -> int:
         """Bytes that this process may have allocated under `budget`."""
         kind, amount = budget
-        free, total = torch.cuda.mem_get_info(self.device)
-        mine = free + torch.cuda.memory_reserved(self.device)  # what others have is not to be had
+        if time.monotonic() - self._looked[0] >= RECENT:
+            self.look()
+        _, mine, total = self._looked
         if kind == "bytes":
             return int(min(amount * (1 - (MARGIN_OF_AMOUNT if margin is None else margin)), mine))
         return int(min(amount * total, mine) * (1 - (MARGIN_OF_CARD if margin is None else margin)))
 
+    def counts(self) -> Counts:
+        return card_memory.counts(self.device)
+
     def allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
+        return self.counts().allocated
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
+        return self.counts().peak
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -98,6 +115,9 @@ class Ram(TorchDispatchMode):
     def is_infra_mode(cls) -> bool:
         return True  # else torch.compile would leave functions uncompiled under it
 
+    def look(self) -> None:
+        pass
+
     def limit(self, budget: tuple[str, float], margin: float | None) -> int:
         kind, amount = budget
         if kind == "share":
@@ -105,6 +125,9 @@ class Ram(TorchDispatchMode):
         else:
             usual = MARGIN_OF_AMOUNT
         return int(amount * (1 - (usual if margin is None else margin)))
+
+    def counts(self) -> Counts:
+        return Counts(self.live, self.most)
 
     def allocated(self) -> int:
         return self.live

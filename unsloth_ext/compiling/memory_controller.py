@@ -10,6 +10,9 @@ The first step of a size of batch runs on the plan with the lowest peak, and the
 second step on the plan is made for what is really there: weights, gradients, optimizer, and the loss's own peak. It is made again
 when the optimizer's states appear, when a larger batch comes, and when a step needed more than was predicted.
 
+What is there is looked up before every forward, while the card waits for its first layer. So what can be known before is not
+asked there: sizes of parameters, and what others have taken of the card, which is asked in the backward, where the host is ahead.
+
 If a step runs out of memory nevertheless (another process took the card's memory, the optimizer allocates more than its usual),
 the error is the user's to see: a backward that has run in part cannot be run again. The next step is planned with that much less.
 """
@@ -102,6 +105,7 @@ class MemoryBudget:
         kind, amount = host or ("share", 0.5)
         self.host_memory = int(amount * memory_amount.host_memory_free() if kind == "share" else amount)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self._elements, self._gradient_bytes = 0, []  # of the trainable parameters; found where a layer is probed
         self.scripts: dict = {}
         self.patterns: dict = {}  # kind of layer -> (the first script found in one, how often was searched)
         # For reports: seconds of finding out what is saved, of these the searches' count, of probing and of planning.
@@ -114,7 +118,8 @@ class MemoryBudget:
         self.plan: Plan | None = None
         self._plans: dict = {}
         self._pass: _Pass | None = None
-        self._ooms = self._out_of_memory()
+        self._counts = self.meter.counts()  # at the start of the last forward
+        self._failures = self._counts.failures
         self.states = memory_layers.install(self, model)
         self._last = len(self.states) - 1
         self._flags = self._checkpointing(model)
@@ -161,49 +166,58 @@ class MemoryBudget:
 
     def _static(self) -> int:
         """What is allocated at the start of a forward, and what the step will add that no plan can change."""
-        gradients = sum(p.numel() * p.element_size() for p in self.trainable if p.grad is None)
-        return self.meter.allocated() + gradients
+        sizes = zip(self._gradient_bytes, self.trainable, strict=True)
+        return self._counts.allocated + sum([size for size, p in sizes if p.grad is None])
 
     def _wished(self) -> int:
         """The limit that a plan is chosen by: room is left for the states of an optimizer that has not stepped, Adam's in fp32."""
-        return self.limit() - (0 if self.stepped else 8 * sum(p.numel() for p in self.trainable))
+        return self.limit() - (0 if self.stepped else 8 * self._elements)
 
     def _begin(self, state, layer, inner, args, kwargs) -> _Pass:
         x = memory_layers.hidden_states(args, kwargs)
         tokens, sequence = x.numel() // x.shape[-1], x.shape[-2]
         if self.offloader is not None:
             self.offloader.drain()  # of a forward that no backward followed
-        if self._out_of_memory() > self._ooms:
+        self._counts = self.meter.counts()
+        if self._counts.failures > self._failures:
+            self.meter.look()
             self.correction += max(2**28, self.limit() // 20)
             self._plans.clear()
         if self.costs is None or tokens > self.costs.tokens * 1.25 or sequence > self.costs.sequence * 1.25:
-            start = time.perf_counter()
-            self.costs = memory_probe.measure(
-                state, layer, inner, args, kwargs, self.scripts, self.meter, self.offloader, 3 if x.is_cuda else 1
-            )
-            self.probing += time.perf_counter() - start
-            logger.info(
-                "memory budget %s: a layer probed in %.1f s, %.1f s of it to find what it saves",
-                self.given,
-                self.probing,
-                self.looking,
-            )
-            self.loss_bytes = None
-            self._plans.clear()
-        self._ooms = self._out_of_memory()  # the probe's own, at levels that do not fit, are no step's
+            self._probe(state, layer, inner, args, kwargs, 3 if x.is_cuda else 1)
+            self._counts = self.meter.counts()
+        self._failures = self._counts.failures  # the probe's own, at levels that do not fit, are no step's
         start = time.perf_counter()
         plan = self._planned(tokens, sequence)
         self.planning += time.perf_counter() - start
-        if plan != self.plan:
-            logger.info("memory budget %s: %s", self.given, plan)
-        self.plan = plan
-        for one, name in zip(self.states, plan.levels, strict=True):
-            one.level = LEVELS[name]
+        if plan is not self.plan:
+            if plan != self.plan:
+                logger.info("memory budget %s: %s", self.given, plan)
+            self.plan = plan
+            for one, name in zip(self.states, plan.levels, strict=True):
+                one.level = LEVELS[name]
         started = _Pass(plan, tokens, sequence)
         started.measuring = self.loss_bytes is None and self.device.type == "cuda"
-        started.peak_before = self.meter.peak()
-        started.looked = sum(one.looked for one in self.states)
+        started.peak_before = self._counts.peak
+        started.looked = sum([one.looked for one in self.states])
         return started
+
+    def _probe(self, state, layer, inner, args, kwargs, repeat: int) -> None:
+        start = time.perf_counter()
+        self._elements = sum(p.numel() for p in self.trainable)
+        self._gradient_bytes = [p.numel() * p.element_size() for p in self.trainable]
+        self.costs = memory_probe.measure(
+            state, layer, inner, args, kwargs, self.scripts, self.meter, self.offloader, repeat
+        )
+        self.probing += time.perf_counter() - start
+        logger.info(
+            "memory budget %s: a layer probed in %.1f s, %.1f s of it to find what it saves",
+            self.given,
+            self.probing,
+            self.looking,
+        )
+        self.loss_bytes = None
+        self._plans.clear()
 
     def _planned(self, tokens: int, sequence: int) -> Plan:
         static = -(-self._static() // _STEP) * _STEP if self.device.type == "cuda" else self._static()
@@ -236,12 +250,6 @@ class MemoryBudget:
             self._plans[key] = plan
         return self._plans[key]
 
-    def _out_of_memory(self) -> int:
-        if self.device.type != "cuda":
-            return 0
-        stats = torch.cuda.memory_stats(self.device)
-        return stats.get("num_ooms", 0) + stats.get("num_alloc_retries", 0)
-
     # -- a step --------------------------------------------------------------------------------------------------------------
 
     def run(self, state, layer, inner, args, kwargs):
@@ -266,10 +274,9 @@ class MemoryBudget:
         tensor = out[0] if isinstance(out, (tuple, list)) else out
         if tensor.requires_grad and (current.sent or state.index in (0, self._last)):
             tensor.register_hook(lambda gradient, index=state.index: self._reached(current, index))
-        if state.index == self._last:
+        if state.index == self._last and current.measuring:
             current.after_layers = self.meter.allocated()
-            if current.measuring:
-                self.meter.reset_peak()
+            self.meter.reset_peak()
         return out
 
     def _reached(self, current: _Pass, index: int) -> None:
@@ -289,9 +296,11 @@ class MemoryBudget:
                 if (value := ref()) is not None:
                     value.get()
         if index == 0 and self.device.type == "cuda":
-            over = self.meter.peak() - current.plan.peak
+            self.meter.look()  # for the next step
+            peak = self.meter.peak()
+            over = peak - current.plan.peak
             examined = sum(one.looked for one in self.states) - current.looked  # takes memory, and is done with
-            if self.meter.peak() > current.peak_before and over > 0 and not examined:
+            if peak > current.peak_before and over > 0 and not examined:
                 self.correction += -(-over // _STEP) * _STEP
                 self._plans.clear()
 
@@ -318,5 +327,7 @@ def _after_optimizer_steps(keeper: MemoryBudget):
             return
         mine = {id(p) for p in me.trainable}
         me.stepped = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+        if me.stepped:
+            me.meter.look()  # some optimizers allocate beside PyTorch
 
     return register_optimizer_step_post_hook(hook)

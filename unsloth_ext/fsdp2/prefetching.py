@@ -19,8 +19,9 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) ->
     """Ask for the next layers' gathers when a layer begins: they run beside the layer, at the price of their memory.
 
     The next one, and where layers are small the one after it: ranks run apart by some milliseconds, which a gather that is asked
-    for one layer early may not cover. The embedding asks for the first layers, the last layer for the head. The embedding itself
-    is the first thing that a step asks for: it is as large as several layers, and gathered while the host prepares the rest.
+    for one layer early may not cover. (The first layer asks for one: the host does that while the card waits for its first kernels.)
+    The embedding asks for the first layers, the last layer for the head. The embedding itself is the first thing that a step asks
+    for: it is as large as several layers, and gathered while the host prepares the rest.
     """
     depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None

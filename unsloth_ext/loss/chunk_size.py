@@ -20,6 +20,8 @@ import operator
 
 import torch
 
+from .. import card_memory
+
 # One fp32 copy of a chunk's logits. It is the whole rule where free memory is not known (CPU).
 LOGITS_BYTES = 256 << 20
 ENOUGH_ROWS = 512
@@ -61,15 +63,9 @@ def _automatic(rows: int | None, vocab_size: int, hidden_size: int, trained: boo
         size = min(size, max(rows // 8, ENOUGH_ROWS))
     if trained:
         size = max(size, hidden_size // 2)
-    free = _free_bytes(device)
-    if free is not None:
-        budget = 1 << max(free // 8, 1).bit_length() - 1
-        size = min(size, budget // (_COPIES * 4 * vocab_size))
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        row = _COPIES * 4 * vocab_size
+        enough = 8 << (size * row - 1).bit_length()  # with as much the size stays
+        budget = 1 << max(card_memory.free_bytes(device, enough) // 8, 1).bit_length() - 1
+        size = min(size, budget // row)
     return max(size // ROWS * ROWS, ROWS)
-
-
-def _free_bytes(device) -> int | None:
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

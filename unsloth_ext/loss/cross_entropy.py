@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .labelled_rows import LabelledRows
 from .linear_inputs import checked, shifted
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -28,6 +29,7 @@ def linear_cross_entropy(
     shift: bool = False,
     logits_dtype: torch.dtype | None = None,
     memory: str = "auto",
+    labelled: LabelledRows | None = None,
 ) -> torch.Tensor:
     """Cross entropy of softcap(logit_scale * (hidden @ weight.T + bias)) against labels, in fp32, exact.
 
@@ -40,6 +42,8 @@ def linear_cross_entropy(
     logits_dtype: what the tile of logits is held in. None: what the head itself would give, hidden's dtype; rounding logits of
         standard deviation 4 to bf16 changes the gradient by 0.7 %, as it does in full logits. torch.float32: 0.17 %, for 3 % of time.
     memory: "fast"; "lean" (trained head: the logits twice, and no fp32 sum of weight's gradient); "auto" takes lean when little is free.
+    labelled: `LabelledRows` of the labels that are not ignored, shifted if `shift`. Only these rows are computed: it costs a copy
+        of them and a wait for the card. For a sum or a mean, and not inside torch.compile or the capture of a CUDA graph.
 
     An ignored row has no part in loss or gradient; with all ignored both are 0. A label outside [0, V) makes its row's loss and
     gradient NaN: a card cannot raise without waiting for it. NaN logits give NaN. A second backward over a retained graph computes anew.
@@ -52,6 +56,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if num_items_in_batch is not None and reduction == "none":
         raise ValueError('num_items_in_batch divides a sum; it has no meaning with reduction="none"')
+    if labelled is not None and reduction == "none":
+        raise ValueError('labelled rows are summed; reduction="none" has a value for each row')
     if shift:
         labels = shifted(labels, hidden, ignore_index)
     inputs = checked(
@@ -59,6 +65,8 @@ def linear_cross_entropy(
         logits_dtype=logits_dtype, memory=memory,
     )  # fmt: skip
     rows, targets = inputs.hidden, inputs.labels
+    if labelled is not None and labelled.total != rows.shape[0]:
+        raise ValueError(f"labelled was made for {labelled.total} rows, hidden has {rows.shape[0]}")
     options = (int(ignore_index), float(logit_scale), float(softcap or 0.0), 1.0, float(label_smoothing), float(z_loss))
     divisor = None
     if num_items_in_batch is not None:
@@ -67,13 +75,18 @@ def linear_cross_entropy(
         divisor = (targets != ignore_index).sum().clamp(min=1)
     grad = torch.is_grad_enabled()
     need = [grad and x is not None and x.requires_grad for x in (rows, inputs.weight, inputs.bias)]
+    if labelled is not None and memory == "auto":
+        memory = op.memory_ahead(rows, inputs.weight, need[1] or need[2])
     if reduction != "none" and any(need):
         coefficient = torch.ones((), device=rows.device, dtype=inputs.value_dtype)
         if divisor is not None:
             coefficient = coefficient / divisor
-        return op.summed_loss(
-            rows, inputs.weight, inputs.bias, targets, coefficient, *options, *need, inputs.logits_dtype, memory
-        )[0]
+        options = (coefficient, *options, *need, inputs.logits_dtype, memory)
+        if labelled is not None:
+            return op.SummedLossOfRows.apply(rows, inputs.weight, inputs.bias, targets, labelled, *options)
+        return op.summed_loss(rows, inputs.weight, inputs.bias, targets, *options)[0]
+    if labelled is not None and (chosen := labelled.indices()) is not None:
+        rows, targets = rows.index_select(0, chosen), targets.index_select(0, chosen)
     value = op.token_losses(
         rows, inputs.weight, inputs.bias, targets, *options, False, need[0], inputs.logits_dtype, memory
     )[0]

@@ -7,7 +7,7 @@ rows by the gradient that comes in, whatever was done with the values. The weigh
 the entropy has a gradient.
 
 The backward scales what the forward made in place, so that it exists once; a gradient of exactly 1 costs nothing. Asked a second
-time (retain_graph), it computes anew. Nothing waits for the card.
+time (retain_graph), it computes anew. Nothing waits for the card, except `SummedLossOfRows`, once, to learn how many there are.
 """
 
 # ruff: noqa: UP007
@@ -18,6 +18,7 @@ from typing import Optional
 
 import torch
 
+from .. import card_memory
 from . import linear_softmax, softmax
 from .linear_softmax import FAST, LEAN, acc_dtype, least_bytes
 from .softmax import Options, RowValues
@@ -31,10 +32,23 @@ def _is_lean(memory: str, hidden: Tensor, weight: Tensor, trained: bool) -> bool
         return memory == "lean"
     if hidden.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
-    free, _ = torch.cuda.mem_get_info(hidden.device)
-    free += torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+    enough = _enough(hidden, weight, trained)
+    return card_memory.free_bytes(hidden.device, enough) < enough
+
+
+def _enough(hidden: Tensor, weight: Tensor, trained: bool) -> int:
     needed = weight.numel() * (4 + hidden.itemsize) if trained else FAST[0]
-    return free < 2 * (needed + hidden.numel() * hidden.itemsize)
+    return 2 * (needed + hidden.numel() * hidden.itemsize)
+
+
+def memory_ahead(hidden: Tensor, weight: Tensor, trained: bool) -> str:
+    """What `memory` is for some rows of `hidden` that are not known yet: "fast" where "auto" will be that for certain."""
+    if hidden.device.type != "cuda":
+        return "auto"
+    # What is allocated until "auto" is decided: the rows, their gradient, the weight's.
+    before = 2 * hidden.numel() * hidden.itemsize + (weight.numel() * weight.itemsize if trained else 0)
+    enough = _enough(hidden, weight, trained) + before
+    return "fast" if card_memory.free_bytes(hidden.device, enough) >= enough else "auto"
 
 
 def _sizes(memory, hidden, weight):
@@ -198,8 +212,7 @@ def _kept_back(dtype: torch.dtype, rows: int) -> tuple[float, float] | None:
     return 1.0, 0.5 ** math.ceil(math.log2(max(rows, 1)))
 
 
-@torch.library.custom_op("unsloth_ext::linear_summed_loss", mutates_args=())
-def summed_loss(
+def _summed_loss(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], labels: Tensor, coefficient: Tensor, ignore_index: int, scale: float,
     softcap: float, temperature: float, smoothing: float, z_loss: float, need_hidden: bool, need_weight: bool, need_bias: bool,
     logits_dtype: torch.dtype, memory: str,
@@ -243,6 +256,9 @@ def summed_loss(
     return values.value.sum() * coefficient, *grads
 
 
+summed_loss = torch.library.custom_op("unsloth_ext::linear_summed_loss", _summed_loss, mutates_args=())
+
+
 @summed_loss.register_fake
 def _(
     hidden, weight, bias, labels, coefficient, ignore_index, scale, softcap, temperature, smoothing, z_loss, need_hidden,
@@ -256,8 +272,12 @@ def _(
 
 
 def _summed_loss_context(ctx, inputs, output):
-    hidden, weight, bias, labels, coefficient, *options = inputs
     ctx.mark_non_differentiable(*output[1:])
+    _keep_for_backward(ctx, inputs, output)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    hidden, weight, bias, labels, coefficient, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, labels, coefficient, *output[1:])
     ctx.options, ctx.used = options, False
@@ -282,3 +302,28 @@ def _summed_loss_backward(ctx, g, *_):
 
 
 summed_loss.register_autograd(_summed_loss_backward, setup_context=_summed_loss_context)
+
+
+class SummedLossOfRows(torch.autograd.Function):
+    """`summed_loss` of the labelled rows, the value alone. The way into an operator takes the host a tenth of a millisecond, and
+    an operator's inputs must be there before; here it lies behind the host when the rows arrive. For eager mode.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, labelled, coefficient, *options):
+        rows, shape = labelled.indices(), hidden.shape
+        if rows is not None:
+            hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        inputs = hidden, weight, bias, labels, coefficient, *options
+        made = _summed_loss(*inputs)
+        _keep_for_backward(ctx, inputs, made)
+        ctx.rows, ctx.shape = rows, shape
+        return made[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        grad, *others = _summed_loss_backward(ctx, g)
+        if grad is not None and ctx.rows is not None:
+            grad = grad.new_zeros(ctx.shape).index_add_(0, ctx.rows, grad)
+        return grad, *others

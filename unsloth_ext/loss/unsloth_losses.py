@@ -7,9 +7,8 @@ The seams are the innermost functions that serve all of Unsloth's callers:
 * before: `unsloth_fused_ce_loss`, and `chunked_hidden_states_selective_log_softmax` with its recomputing twin. GRPO trainers
   carry the latter as a copy of their source, so the source that they copy becomes a call of the function itself.
 
-Rows without a label cost as much as others unless they are left out, and to leave them out one has to wait for the device and
-count them. Unsloth does so on every call. Here it is done in eager mode, and where it pays (`_MOST_LABELLED`); a compiler, and the
-capture of a CUDA graph, get all rows and no waiting.
+Rows without a label are left out, as Unsloth leaves them out, but in eager mode only and where it pays (labelled_rows.py); a
+compiler, and the capture of a CUDA graph, get all rows and no waiting.
 """
 
 from __future__ import annotations
@@ -20,18 +19,8 @@ import inspect
 import torch
 
 from .heads import autocast_dtype
+from .labelled_rows import LabelledRows
 from .routes import compute_dtype, is_dense, logit_scale
-
-_MOST_LABELLED = 0.9  # of the rows: with more, copying the labelled ones together saves no time and costs memory
-
-
-def labelled_rows(keep: torch.Tensor) -> torch.Tensor | None:
-    """The indices of the rows to keep [T], or None where all rows should be taken."""
-    if torch.compiler.is_compiling() or (keep.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    rows = keep.nonzero().squeeze(-1)
-    return rows if 0 < rows.numel() < _MOST_LABELLED * keep.numel() else None
-
 
 # -- cross entropy -----------------------------------------------------------------------------------------------------------
 
@@ -45,10 +34,8 @@ def summed_cross_entropy(hidden, weight, bias, targets, divisor, dtype, **option
     from .cross_entropy import linear_cross_entropy
 
     device, ignore_index = weight.device, options["ignore_index"]
+    labelled = LabelledRows.of(targets != ignore_index)
     check_targets(targets, weight.shape[0], ignore_index)
-    rows = labelled_rows(targets != ignore_index)
-    if rows is not None:
-        hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     with torch.autocast(device.type, enabled=False):
         return linear_cross_entropy(
             hidden.to(dtype),
@@ -56,6 +43,7 @@ def summed_cross_entropy(hidden, weight, bias, targets, divisor, dtype, **option
             targets,
             None if bias is None else bias.to(dtype),
             num_items_in_batch=_divisor(divisor, device),
+            labelled=labelled,
             **options,
         ).float()
 
@@ -167,16 +155,18 @@ def masked_log_probs(hidden, weight, bias, targets, mask, dtype, *, entropy=Fals
     from .logprobs import linear_logprobs
 
     keep = _kept(targets, mask, weight.shape[0]).reshape(-1)
+    labelled = LabelledRows.of(keep)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    rows = labelled_rows(keep)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = None if labelled is None else labelled.indices()
     if rows is not None:
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     with torch.autocast(weight.device.type, enabled=False):
         found = linear_logprobs(
             hidden.to(dtype),
-            weight.to(dtype),
+            weight,
             labels,
-            None if bias is None else bias.to(dtype),
+            bias,
             mask=keep if rows is None else None,
             entropy=entropy,
             **options,

@@ -7,6 +7,7 @@ logits that make the next part of it. Only the last chunks need memory of their 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,12 @@ class RowChunk:
 
 def row_chunks(
     rows, hidden_size, vocab_size, *, logit_bytes, acc_bytes, row_bytes, extra, most_rows, most_columns
-) -> list[RowChunk]:
-    """Cut `rows` into the fewest chunks that fit.
+) -> Iterator[RowChunk]:
+    """Cut `rows` into the fewest chunks that fit. One by one: while the card has the first, the host finds the next.
 
     row_bytes: of a row of the result that is still to be written, 0 if none is; acc_bytes: of an element of the product, 0 if there is none.
     """
-    found, start = [], 0
+    start = 0
     floor = min(vocab_size, MIN_COLUMNS)
     while start < rows:
         left = rows - start
@@ -60,9 +61,8 @@ def row_chunks(
                 break
         columns = max(best[0], min(vocab_size, 256))
         columns = min(columns, aligned(-(-vocab_size // -(-vocab_size // columns)), 256))  # even tiles
-        found.append(RowChunk(start, size, columns, best[1] and best[0] > 0, best[2] and best[0] > 0))
+        yield RowChunk(start, size, columns, best[1] and best[0] > 0, best[2] and best[0] > 0)
         start += size
-    return found
 
 
 class Region:
