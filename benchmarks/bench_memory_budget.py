@@ -106,6 +106,7 @@ def planned(budget) -> dict:
     plan, costs = budget.plan, budget.costs
     row = {"plan": plan.counts(), "predicted_peak_gib": round(plan.peak / 2**30, 3)}
     row |= {"predicted_extra_ms": round(plan.extra * 1e3, 1), "host_gib": round(plan.host / 2**30, 2)}
+    row["dense_gib"] = round(budget.dense.nbytes / 2**30, 2) if budget.dense is not None else 0.0
     row["exceeded_by_mib"] = round(budget.correction / 2**20)
     row["layer_ms"] = [round(costs.forward * 1e3, 3), round(costs.backward * 1e3, 3)]
     row["layer"] = {

@@ -34,7 +34,10 @@ class DenseWeights:
 
     def is_current(self) -> bool:
         """False if one of the 4-bit weights was written to or moved since."""
-        return all(group.is_current() for group in self._groups)
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # a parameter of bitsandbytes sends each question through Python otherwise
+            return all([group.is_current() for group in self._groups])
 
     def remove(self) -> None:
         """Free them. Graphs that were traced with them are traced anew."""

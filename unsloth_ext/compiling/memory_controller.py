@@ -13,6 +13,10 @@ when the optimizer's states appear, when a larger batch comes, and when a step n
 What is there is looked up before every forward, while the card waits for its first layer. So what can be known before is not
 asked there: sizes of parameters, and what others have taken of the card, which is asked in the backward, where the host is ahead.
 
+What is left when nothing is computed again can hold the NF4 weights of compiled layers dense (dense_weights.py). Graphs are traced
+with them or without, so it is decided before the first: where a generous estimate of all else leaves the room. A plan that needs
+the room later gets it back.
+
 If a step runs out of memory nevertheless (another process took the card's memory, the optimizer allocates more than its usual),
 the error is the user's to see: a backward that has run in part cannot be run again. The next step is planned with that much less.
 """
@@ -25,8 +29,9 @@ import weakref
 
 import torch
 
-from . import memory_amount, memory_layers, memory_probe
-from .memory_plan import Costs, Plan, best, smallest
+from . import dense_weights, memory_amount, memory_layers, memory_probe
+from .dense_weights import DenseWeights
+from .memory_plan import BudgetTooSmall, Costs, Plan, best, smallest
 from .offload import Offloader
 from .recompute import LEVELS
 
@@ -41,6 +46,7 @@ def memory_budget(
     offload: bool = True,
     host_memory: str | float | None = None,
     margin: float | None = None,
+    dense_weights: bool = True,
 ) -> MemoryBudget:
     """Put the training of `model` under a memory budget; any gradient checkpointing of its own is switched off meanwhile.
 
@@ -51,6 +57,7 @@ def memory_budget(
     offload: whether saved tensors may wait in pinned host memory.
     host_memory: how much of it, as an amount or a share of what is free; half of it if None.
     margin: share of the budget that is kept free; 0.02 of an amount and 0.06 of a card if None.
+    dense_weights: whether memory that nothing else needs may hold the NF4 weights of compiled layers in 16 bits too.
 
     Returns the MemoryBudget, whose `plan` is there after the first step and whose `remove()` undoes everything. Evaluation and
     generation are not touched. Raises TypeError or ValueError for a bad argument and `UnsupportedModel` for a model without
@@ -60,7 +67,9 @@ def memory_budget(
     Selective activation checkpointing is that of Korthikanti et al. (arXiv 2205.05198); the order of the levels follows the
     measured cost of each byte that is freed.
     """
-    return MemoryBudget(model, budget, offload=offload, host_memory=host_memory, margin=margin)
+    return MemoryBudget(
+        model, budget, offload=offload, host_memory=host_memory, margin=margin, dense_weights=dense_weights
+    )
 
 
 def budget_on(model: torch.nn.Module) -> MemoryBudget | None:
@@ -87,7 +96,7 @@ class _Pass:
 class MemoryBudget:
     """The plans of one model. Made by `memory_budget`."""
 
-    def __init__(self, model, budget, *, offload=True, host_memory=None, margin=None):
+    def __init__(self, model, budget, *, offload=True, host_memory=None, margin=None, dense_weights=True):
         self.budget = memory_amount.parse(budget)
         if margin is not None and not 0 <= margin < 1:
             raise ValueError(f"margin must be at least 0 and less than 1, got {margin!r}")
@@ -116,6 +125,8 @@ class MemoryBudget:
         self.correction = 0  # bytes by which a step exceeded its prediction
         self.stepped = False  # whether an optimizer of these parameters has made its states
         self.plan: Plan | None = None
+        self.dense: DenseWeights | None = None
+        self._may_be_dense = dense_weights
         self._plans: dict = {}
         self._pass: _Pass | None = None
         self._counts = self.meter.counts()  # at the start of the last forward
@@ -147,6 +158,7 @@ class MemoryBudget:
     def remove(self) -> None:
         """Take the budget off: forwards and checkpointing flags are again what they were. Call it between steps."""
         model = self.model()
+        self._without_dense()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -181,15 +193,27 @@ class MemoryBudget:
         self._counts = self.meter.counts()
         if self._counts.failures > self._failures:
             self.meter.look()
-            self.correction += max(2**28, self.limit() // 20)
+            if not self._without_dense():
+                self.correction += max(2**28, self.limit() // 20)
             self._plans.clear()
+        if self._may_be_dense and self.costs is None:
+            self._keep_dense(layer, tokens)
+        elif self.dense is not None and not self.dense.is_current():
+            self._without_dense()
         if self.costs is None or tokens > self.costs.tokens * 1.25 or sequence > self.costs.sequence * 1.25:
             self._probe(state, layer, inner, args, kwargs, 3 if x.is_cuda else 1)
             self._counts = self.meter.counts()
         self._failures = self._counts.failures  # the probe's own, at levels that do not fit, are no step's
         start = time.perf_counter()
-        plan = self._planned(tokens, sequence)
+        try:
+            plan = self._planned(tokens, sequence)
+        except BudgetTooSmall:
+            if not self._without_dense():
+                raise
+            return self._begin(state, layer, inner, args, kwargs)
         self.planning += time.perf_counter() - start
+        if plan.extra > 0 and self._is_measured() and self._without_dense():  # activations first: they buy more
+            return self._begin(state, layer, inner, args, kwargs)
         if plan is not self.plan:
             if plan != self.plan:
                 logger.info("memory budget %s: %s", self.given, plan)
@@ -201,6 +225,37 @@ class MemoryBudget:
         started.peak_before = self._counts.peak
         started.looked = sum([one.looked for one in self.states])
         return started
+
+    def _keep_dense(self, layer, tokens: int) -> None:
+        """Keep the weights dense, if layers are compiled and it leaves the room that everything else could want."""
+        self._may_be_dense = False
+        model = self.model()
+        compiled = "_unsloth_ext_compiled" in model.__dict__ or hasattr(type(layer).forward, "_unsloth_block_original")
+        if not compiled or not (wanted := dense_weights.bytes_wanted(model)):
+            return
+        elements = sum(p.numel() for p in self.trainable)
+        else_at_most = (
+            dense_weights.activations_at_most(model, tokens) + 16 * elements
+        )  # gradients and optimizer in fp32
+        if self._counts.allocated + wanted + else_at_most > self.limit():
+            return
+        try:
+            self.dense = dense_weights.keep_dense_weights(model)
+        except torch.OutOfMemoryError:  # another process has taken it meanwhile
+            return
+        self._counts = self.meter.counts()
+        logger.info("memory budget %s: %.2f GiB of weights are kept dense", self.given, self.dense.nbytes / 2**30)
+
+    def _without_dense(self) -> bool:
+        """Give their memory back; what was measured and found with them counts no more. False if there were none."""
+        if self.dense is None:
+            return False
+        self.dense.remove()
+        self.dense = self.costs = None
+        self.scripts.clear()
+        self.patterns.clear()
+        self._plans.clear()
+        return True
 
     def _probe(self, state, layer, inner, args, kwargs, repeat: int) -> None:
         start = time.perf_counter()
@@ -219,9 +274,13 @@ class MemoryBudget:
         self.loss_bytes = None
         self._plans.clear()
 
+    def _is_measured(self) -> bool:
+        """Whether head and loss have been seen; before, the plan is the smallest, whatever there is."""
+        return self.loss_bytes is not None or self.device.type != "cuda"
+
     def _planned(self, tokens: int, sequence: int) -> Plan:
         static = -(-self._static() // _STEP) * _STEP if self.device.type == "cuda" else self._static()
-        limit, measured = self._wished(), self.loss_bytes is not None or self.device.type != "cuda"
+        limit, measured = self._wished(), self._is_measured()
         key = (tokens, sequence, static, limit // _STEP, measured, self.correction)
         if key not in self._plans:
             costs = self.costs.scaled(tokens, sequence)
