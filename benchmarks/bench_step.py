@@ -148,17 +148,20 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(lock: str | None):
-    """The card is this process's to measure on."""
+def alone(lock: str | None, processes: int):
+    """The card is this process's to measure on, and where all `processes` run at once (else 0), none of them compiles any more."""
     if lock is None:
         yield
         return
+    Path(f"{lock}.{os.getpid()}").touch()
+    while len(list(Path(lock).parent.glob(f"{Path(lock).name}.*"))) < processes:
+        time.sleep(0.2)
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None = None) -> dict:
+def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None = None, processes: int = 0) -> dict:
     """One row, in this process."""
     if CASES[case][1] == "text":
         return losses_of(case, variant, folder)
@@ -202,7 +205,7 @@ def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None 
     say(f"first step {first / 1e3:.1f} s")
     for seed in range(1, 7):  # a second kind of batch, the allocator, the clocks, the recording of CUDA graphs
         say(f"step {seed}: {step(seed)[0]:.1f} ms")
-    with alone(lock):
+    with alone(lock, processes):
         step(7)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -360,6 +363,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--lock", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, default=420, help="seconds after which a variant is given up")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny shape, plain transformers, any machine; nothing recorded"
@@ -368,7 +372,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure:
         case, variant, folder = args.measure
-        print(json.dumps(measure(case, variant, Path(folder), args.steps, args.lock)))
+        print(json.dumps(measure(case, variant, Path(folder), args.steps, args.lock, args.processes)))
         return 0
     import torch
 
@@ -398,6 +402,10 @@ def run_all(args, work: Path) -> int:
                 todo.append((case, variant))
     folders = {name: checkpoint(name, work, args.tokenizer) for name in dict.fromkeys(CASES[c][0] for c, _ in todo)}
     args.lock = str(work / "measuring")
+    timed = [case for case, _ in todo if CASES[case][1] != "text"]
+    args.processes = len(timed) if 1 < len(todo) <= args.jobs else 0
+    for old in work.glob("measuring.*"):
+        old.unlink()
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for row in pool.map(lambda one: in_its_own_process(*one, folders[CASES[one[0]][0]], args, kept), todo):
@@ -431,7 +439,8 @@ def run_alone(case: str, variant: str, folder: Path, args) -> dict:
     }
     environment["PYTHONFAULTHANDLER"] = "1"
     steps = min(args.steps, 4) if args.quick else args.steps
-    command = [sys.executable, __file__, "--steps", str(steps), "--lock", args.lock, "--measure", case, variant]
+    command = [sys.executable, __file__, "--steps", str(steps), "--lock", args.lock]
+    command += ["--processes", str(args.processes), "--measure", case, variant]
     caches.mkdir(parents=True, exist_ok=True)
     said, result = caches / "stderr.txt", caches / "stdout.txt"
     try:
