@@ -1,6 +1,7 @@
 """Folders that are no complete checkpoint, and checkpoints that do not fit: passed by or refused by name, nothing loaded."""
 
 import datetime
+import io
 import json
 import os
 import pickle
@@ -222,6 +223,36 @@ def test_no_code_of_a_checkpoint_is_run(run, file):
     with pytest.raises(Damaged, match=Path(file).name):
         load_checkpoint(folder, model, optimizer)
     assert not (root / "owned").exists()
+
+
+class _Got:
+    """Pickled as Python before 3.11.4 pickles the member of an enumeration."""
+
+    def __init__(self, kind, name):
+        self.how = getattr, (kind, name)
+
+    def __reduce__(self):
+        return self.how
+
+
+def test_members_of_enumerations_are_read_and_no_other_attributes():
+    from torch.distributed.checkpoint import metadata
+
+    from unsloth_ext.fsdp2.stored import _Unpickler
+
+    def read(*of):
+        return _Unpickler(io.BytesIO(pickle.dumps(_Got(*of)))).load()
+
+    encoding = metadata._MEM_FORMAT_ENCODING
+    member = next(iter(encoding))
+    assert read(encoding, member.name) is member
+    for kind, name in (
+        (encoding, "__init__"),
+        (metadata.Metadata, "__init__"),
+        (metadata.TensorProperties, "__module__"),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match="no part of a checkpoint's index"):
+            read(kind, name)
 
 
 def _disagree(rank, world, folder, root):

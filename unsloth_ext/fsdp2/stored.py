@@ -7,6 +7,7 @@ torch.distributed.checkpoint is a pickle: it is read with an unpickler that know
 from __future__ import annotations
 
 import dataclasses
+import enum
 import io
 import pickle
 import warnings
@@ -69,6 +70,12 @@ def as_bytes(what: str, value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _member(kind, name: str):
+    if not (isinstance(kind, enum.EnumMeta) and isinstance(name, str) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"{name!r} of {kind!r} is no part of a checkpoint's index")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     _OTHERS = frozenset({
@@ -79,6 +86,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) in self._OTHERS:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # as Python 3.11.0 to 3.11.3 write the member of an enumeration
         if module == "torch" and isinstance(
             getattr(torch, name, None), (torch.dtype, torch.memory_format, torch.layout)
         ):
