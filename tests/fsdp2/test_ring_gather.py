@@ -106,39 +106,80 @@ def test_layers_that_stay_gathered(ranks, checkpoints):
     assert all(4 * 3 <= one[3] < 4 * 2 * 3 for one in found["copies"])
 
 
-def test_what_is_asked_for_too_far_ahead_goes_by_the_group(ranks, checkpoints):
+def test_what_finds_no_slot_goes_by_the_group(ranks, checkpoints):
     found = ranks(2, _crowded, folder=str(checkpoints["nf4"]))
     assert found[0] == found[1]
-    (right, by_the_group, by_the_ring), _ = found
-    assert right and by_the_group > 0 and by_the_ring > 0
+    losses, by_the_group, by_the_ring = found[0]
+    assert len(set(losses)) == 1 and by_the_group[0] < by_the_group[1] and by_the_ring[1] < by_the_ring[0]
 
 
 def _crowded(rank, world, folder):
-    """Gathers that wait to be used in all slots but one, and two units more."""
+    """Losses of the same batch, and gathers by the group and by the ring, without anything ahead and with more ahead than there are slots."""
     from unsloth_ext.fsdp2 import load, ring_gather, shard
     from unsloth_ext.fsdp2.sharding import units_of
 
     slots, ring_gather._SLOTS = ring_gather._SLOTS, 2
+    losses, by_the_group, by_the_ring = [], [], []
     try:
         model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather="copies")
-        layers, ring, seen, wanted = units_of(model)[0], _ring(model), [], []
-        for layer in layers:
-            layer.unshard()
-            wanted.append([p.detach().clone() for p in layer.parameters() if p.requires_grad])
-            layer.reshard()
-        before = ring.count
-        with _counted(seen):
-            handles = [layer.unshard(async_op=True) for layer in layers]  # three at once, two slots
-            for handle in handles:
-                handle.wait()
-        right = all(
-            torch.equal(a, b)
-            for layer, tensors in zip(layers, wanted, strict=True)
-            for a, b in zip((p for p in layer.parameters() if p.requires_grad), tensors, strict=True)
-        )
-        return right, len(seen), ring.count - before
+        layers, ring = units_of(model)[0], _ring(model)
+        batch = models.batches(1, 2)[0]
+        for ahead in (False, True):
+            for layer in layers:
+                layer._forward_pre_hooks = type(layer._forward_pre_hooks)(
+                    (key, hook) for key, hook in layer._forward_pre_hooks.items() if "_prefetcher" not in repr(hook)
+                )
+                layer.set_modules_to_forward_prefetch([])
+            layers[0].set_modules_to_forward_prefetch(layers[1:] if ahead else [])
+            before = ring.count
+            with _counted([]) as seen, torch.no_grad():
+                losses.append(model(input_ids=batch, labels=batch).loss.item())
+            by_the_group.append(len(seen))
+            by_the_ring.append(ring.count - before)
+        return losses, by_the_group, by_the_ring
     finally:
         ring_gather._SLOTS = slots
+
+
+def _asynchronous(rank, world, folder):
+    from unsloth_ext.fsdp2 import load, shard
+    from unsloth_ext.fsdp2.sharding import units_of
+
+    model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather="copies")
+    layer, ring = units_of(model)[0][0], _ring(model)
+    wanted = []
+    for asynchronous in (False, True):
+        before = ring.count
+        handle = layer.unshard(async_op=asynchronous)
+        if handle is not None:
+            handle.wait()
+        wanted.append(([p.detach().clone() for p in layer.parameters() if p.requires_grad], ring.count - before))
+        layer.reshard()
+    (one, by_the_ring), (other, not_by_it) = wanted
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), by_the_ring, not_by_it
+
+
+def test_an_asynchronous_gather_does_not_wait_on_the_stream_of_who_asks(ranks, checkpoints):
+    assert ranks(2, _asynchronous, folder=str(checkpoints["nf4"])) == [(True, 1, 0)] * 2
+
+
+def _dense(rank, world, folder):
+    from unsloth_ext.compiling import keep_dense_weights
+    from unsloth_ext.compiling.dense_weights import bytes_wanted
+    from unsloth_ext.fsdp2 import gathered, load, shard
+    from unsloth_ext.fsdp2.sharding import units_of
+
+    model = shard(models.with_lora(load(folder, dtype=torch.float32)))
+    with gathered(*units_of(model)[0]):  # whole and plain, as in a layer's forward
+        try:
+            keep_dense_weights(model)
+        except ValueError as error:
+            return bytes_wanted(model), str(error)
+
+
+def test_what_is_gathered_is_not_kept_dense(ranks, checkpoints):
+    for wanted, said in ranks(2, _dense, folder=str(checkpoints["nf4"])):
+        assert wanted == 0 and "no NF4 weights" in said
 
 
 def test_numbers_begin_anew(ranks, checkpoints):

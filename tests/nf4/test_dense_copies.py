@@ -126,6 +126,19 @@ def test_a_stranger_at_the_same_address_has_no_room():
     assert (buffer[64:] == 7).all()
 
 
+def test_what_is_written_beside_a_weight_is_no_change_of_it():
+    """A product that autograd has saved the weight for, another with an adapter, and then the backward."""
+    weights = quantised(64, 32, dtype=torch.float32)
+    group = dense_copies.keep(weights, beside=8, below=8)
+    weight = dense_copies.copy_of(weights[0][1], None, torch.device("cpu"))
+    x = torch.randn(3, K, requires_grad=True)
+    y = torch.nn.functional.linear(x, weight)
+    dense_copies.product_beside(torch.randn(3, K + 8), weight, torch.randn(64, 8), True)
+    dense_copies.product_below(torch.randn(3, 96 + 8), group.weight, [torch.randn(8, K)])
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, K))
+
+
 def test_a_graph_takes_it_as_an_input():
     ((packed, state),) = quantised(64)
     torch._dynamo.reset()

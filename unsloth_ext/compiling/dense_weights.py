@@ -3,7 +3,7 @@
 The last level of the ladder of memory_controller.py: once nothing is computed again, NF4 weights that stay dense beside their 4 bits save
 the dequantising, 2% of an 8B step on an H200, for 2 bytes a parameter. For 8B that is 13 GiB: an eighth of the speed that the same
 memory buys as activations, so those come first, and `memory_budget` does it by itself only where even a generous estimate of
-all else leaves the room. What is computed stays the same: nf4/dense_copies.py.
+all else leaves the room. The weights are the same bit for bit, sums may be in another order: nf4/dense_copies.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..nf4 import dense_copies
 from ..nf4.quant_state import quant_type
@@ -49,10 +50,12 @@ def keep_dense_weights(model: torch.nn.Module) -> DenseWeights:
     """Keep the NF4 weights of a model's decoder layers dense too, for graphs that are traced from now on.
 
     model: as for `memory_budget`, loaded in 4 bit; layers in other formats stay as they are. Takes 2 bytes a parameter and no time
-    worth mentioning. Losses and gradients stay what they are, saving and eager code go on with the 4 bits.
+    worth mentioning. Losses and gradients stay what they are but for the order of sums; saving and eager code go on with the 4 bits.
+    Who writes into a 4-bit weight or its scales afterwards must call `remove()` (a budget looks for that by itself, at each step, in
+    the packed weights). For one stream and one thread at a time.
 
     Returns a DenseWeights, whose `remove()` undoes it. Raises `UnsupportedModel` for a model without decoder layers, ValueError
-    where it has no NF4 weight to keep, torch.OutOfMemoryError, with nothing kept, where the memory does not suffice.
+    where it has no NF4 weight to keep, as one that FSDP2 has sharded, torch.OutOfMemoryError, with nothing kept, where the memory does not suffice.
     """
     groups, states = [], []
     try:
@@ -82,8 +85,18 @@ def activations_at_most(model: torch.nn.Module, tokens: int) -> int:
     return 4 * tokens * widths
 
 
+def loss_at_most(model: torch.nn.Module, tokens: int) -> int:
+    """Bytes of full logits, in 16 bits, in fp32 and as a gradient: what a loss takes that is not computed in chunks."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return 0 if weight is None else 12 * tokens * weight.shape[0]
+
+
 def _groups_of(model):
-    """((packed, quant_state) of each weight of a group, the room that it needs) of all groups."""
+    """((packed, quant_state) of each weight of a group, the room that it needs) of all groups. None of a model that FSDP2 has sharded,
+    whose weights are plain and whole only while they are gathered."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return
     _, layers = memory_layers.decoder_layers(model)
     for layer in layers:
         linears = _linears(layer)

@@ -178,9 +178,11 @@ def _counts(tensor) -> bool:
 def meter(device: torch.device, model: torch.nn.Module):
     if device.type == "cuda":
         return Card(device)
-    tensors = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
-    }
+    tensors = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        with contextlib.suppress(RuntimeError):  # a wrapper has none
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+            tensors[storage.data_ptr()] = storage.nbytes()
     return Ram(device, sum(tensors.values()))
 
 

@@ -3,7 +3,7 @@
 Gathered whole it is the largest unit of many models (1 GiB of Llama 3.1 8B), the first that a step waits for, and its forward copies a
 hundredth of it. Among the cards of one host, where 4-bit weights come by copies (peer_gather.py), every rank already reads the others'
 memory: here a kernel reads each token's row from the rank that has it. Nothing is gathered, and no rank takes part in another's read.
-From the second layer on, copies wait for what the compute stream has done: who has passed their collective knows that all have read.
+From the second layer on, copies wait for what the compute stream has done: who has passed their gather knows that all have read.
 
 The parameter is a DTensor like those of FSDP2, cut like theirs, but no unit of FSDP2: saving, loading and counting see no difference.
 """

@@ -5,12 +5,13 @@ A frozen shard never changes, so no rank has to take part when another reads it.
 collective costs for these bytes goes away with it: the multiprocessors that NCCL's kernels take from the matrix products, the copy
 into the collective's input and the one out of its output, and those two buffers.
 
-FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained: a small collective stays for each unit, in
-which the ranks wait for each other as before. Per weight it carries a token of 16 bytes; its stream order does the rest:
+FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained: a small gather stays for each unit, by the
+process group or, for layers, by copies as well (ring_gather.py), in which the ranks wait for each other as before. Per weight it
+carries a token of 16 bytes; its stream order does the rest:
 
 * FSDP2 asks for a weight's input (`fsdp_pre_all_gather`) on its copy-in stream. There the unit's copies are queued, behind what
   the compute stream has been given so far: the memory may have been a freed tensor of that stream a moment ago.
-* The collective of tokens and adapters comes after the copies on every rank, and the compute stream waits for it. So who has
+* The gather of tokens and adapters comes after the copies on every rank, and the compute stream waits for it. So who has
   passed a unit's collective knows that all have read its shards, and may end.
 * All weights of a unit are one buffer, made and freed as one.
 """

@@ -180,13 +180,12 @@ class PeerMemory:
 
     @staticmethod
     def wait_for_number(at: int, number: int, stream: int, rank: int) -> None:
-        """Let the stream wait until the number here is `number` or has passed it. It waits as long as a collective would not: until this
-        process ends. (The next collective's time limit is what ends a run of which a rank has died.)"""
+        """Let the stream wait until the number here is `number` or has passed it, for as long as this process lives."""
         _must(_driver().cuStreamWaitValue32_v2(stream, at, number, _GREATER_OR_EQUAL), "waiting for another rank")
 
 
 class HostMemory:
-    """The same for processes on CPUs."""
+    """The same for processes on CPUs. Numbers and what they announce are seen in the order of their writing on x86, nowhere else."""
 
     def __init__(self):
         self.files: dict[int, str] = {}

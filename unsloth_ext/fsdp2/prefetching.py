@@ -15,14 +15,14 @@ __all__ = ["arrange", "first_layer_first"]
 _AHEAD = 256 << 20  # bytes of a gathered layer up to which a second one is gathered ahead
 
 
-def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) -> None:
+def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module], by_copies: bool = False) -> None:
     """Ask for the next layers' gathers when a layer begins: they run beside the layer, at the price of their memory.
 
     The next one, and where layers are small the one after it: ranks run apart by some milliseconds, which a gather that is asked
-    for one layer early may not cover. The first layer asks for none: that would take the host a millisecond, in which the card has nothing
-    to do yet; the second one's gather is waited for a third of that. The embedding asks for the first layers, the last layer for the
-    head. The embedding itself is the first thing that a step asks for: it is as large as several layers, and gathered while the host
-    prepares the rest.
+    for one layer early may not cover. Where such layers come by copies the first one asks for none: that takes the
+    host a millisecond in which the card has nothing to do yet, and the second one's gather a third of that (8B, two H200). The
+    embedding asks for the first layers, the last layer for the head. The embedding itself is the first thing that a step asks for: it
+    is as large as several layers, and gathered while the host prepares the rest.
     """
     depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
@@ -33,7 +33,7 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module]) ->
     order = [*layers, *(end for end in ends if end is not embedding)]
     for index, layer in enumerate(layers):
         following = order[index + 1 : index + 1 + depth]
-        if following and index:
+        if following and (index or not by_copies or depth == 1):
             layer.register_forward_pre_hook(_prefetcher(layer, following), prepend=True)  # before FSDP2's, which asks
         before = layers[max(0, index - depth) : index][::-1]
         # Left alone, FSDP2 asks for what ran before it: for the first layer that is the embedding, which, frozen, has no backward.

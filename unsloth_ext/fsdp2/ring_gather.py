@@ -14,8 +14,10 @@ into it. Then on its stream:
 * "read": write the number to each other rank, wait for theirs. So who has passed a unit's gather knows, as after a collective, that all
   have read what it offered, the NF4 weights before it included, and may end.
 
-A slot is taken again when FSDP2 has let its tensor go, which it does when the copies out of it are in stream order. What does not
-find its slot free, or does not fit, goes by the process group.
+A slot is taken again when FSDP2 has let its tensor go, which it does when the copies out of it are in stream order. What finds no slot
+free, does not fit, or is asked for with `async_op` goes by the process group: all ranks do the same in the same order, so it is
+the same gathers on each. A wait for another rank has no time limit of its own: where a rank dies the launcher must end the others, as
+torchrun does, or the time limit of the next collective.
 """
 
 from __future__ import annotations
@@ -96,11 +98,12 @@ class RingGather:
         return self.addresses[self.rank] + (2 * _SLOTS * self.world + kind * _SLOTS + slot) * _NUMBER
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        slot, number = self.count % _SLOTS, torch.Size(size).numel() * dtype.itemsize
-        if number > self.size or self.taken[slot]() is not None or device != self.part.device:
+        number = torch.Size(size).numel() * dtype.itemsize
+        order = [(self.count + i) % len(self.taken) for i in range(len(self.taken))]
+        slot = self.waiting = next((slot for slot in order if self.taken[slot]() is None), None)
+        if slot is None or number > self.size or device != self.part.device:
             self.waiting = None
             return torch.empty(size, dtype=dtype, device=device)
-        self.waiting = slot
         begin = self.numbers + slot * self.size
         return self.part[begin : begin + number].view(dtype).view(size)
 
@@ -109,6 +112,8 @@ class RingGather:
         if slot is None:
             return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
         self.taken[slot] = weakref.ref(output_tensor)
+        if async_op:  # on the stream of the caller, who does not want it to wait
+            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
         self.count += 1
         number, size = self.count & 0xFFFFFFFF, input_tensor.numel() * input_tensor.itemsize
         here = torch.cuda.current_stream(self.part.device).cuda_stream if self.part.is_cuda else 0

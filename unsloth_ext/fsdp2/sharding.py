@@ -78,7 +78,7 @@ def shard(
     residency: bytes of gathered layers that a rank may keep from forward to backward and over the micro-batches of an accumulated
         step (see `accumulate`), the last layers first; "all" for no limit, 0 for the least memory. "auto": 5% of the memory that it
         may use of its card (the smallest of all ranks), nothing with cpu_offload, on a CPU, or where nothing is trained.
-    gather: how NF4 weights are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
+    gather: how NF4 weights and adapters are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
         lie (see peer_gather.py), on one host only; a frozen embedding is then read by rows, and gives NaN for an id that it does not
         have. "auto": by copies among CUDA cards that can, else by the collective.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
@@ -152,7 +152,7 @@ def shard(
     if rows and hindrance:
         fully_shard(rows.embedding, **options)
         ends.insert(0, rows.embedding)
-    prefetching.arrange(model, layers, ends)
+    prefetching.arrange(model, layers, ends, by_copies and not hindrance)
     model._unsloth_ext_resident = kept_layers.keep(layers, residency, kept_whole)
     kept = (model._unsloth_ext_resident, ()) if reshard_after_forward else (layers, ends)
     kept_layers.free_in_time(model, *kept, root_trains=any(p.requires_grad for p in root_parameters))

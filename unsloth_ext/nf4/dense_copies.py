@@ -8,7 +8,8 @@ Eager code, saving and merging go on reading the 4 bits; the dense copy is never
 LoRA's products go through the same matrices. [x A^T | x] [s B | W]^T and [dY | p] [W; A] need the adapter beside and below the
 weight, so a group of weights of one input has room for both in its buffer: `product_beside` and `product_below` put the adapter
 there, each time anew, and multiply. To a graph they are functions of x, W and the adapter: W itself is not changed, and what is in
-the room between two calls is nobody's.
+the room between two calls is nobody's. That holds for one stream and one thread at a time: two that multiply by one group at once
+would overwrite each other's adapter.
 """
 
 from __future__ import annotations
@@ -67,12 +68,14 @@ class _Copy:
         return None
 
     def __reduce__(self):
-        return _nothing, ()
+        return type(None), ()
 
 
 def _input(view: torch.Tensor) -> torch.nn.Parameter:
     """As a parameter, whose sizes tracing takes as they are, and which CUDA graphs know to stay where it is."""
-    weight = torch.nn.Parameter(view, requires_grad=False)
+    weight = torch.nn.Parameter(
+        view.data, requires_grad=False
+    )  # .data: what is written into the room is no new version of it
     torch._dynamo.mark_static_address(weight, guard=False)
     return weight
 
