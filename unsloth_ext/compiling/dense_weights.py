@@ -8,16 +8,12 @@ all else leaves the room. The weights are the same bit for bit, sums may be in a
 
 from __future__ import annotations
 
-import logging
-
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from ..nf4 import dense_copies
 from ..nf4.quant_state import quant_type
 from . import memory_layers
 
-logger = logging.getLogger(__name__)
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input each
 _BESIDE = ("gate_proj", "up_proj")  # multiplied with LoRA's columns beside them (projections.py)
 _STEP = 64  # columns and rows of room, so that rows begin where cache lines do
@@ -35,9 +31,8 @@ class DenseWeights:
 
     def is_current(self) -> bool:
         """False if one of the 4-bit weights was written to or moved since."""
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # a parameter of bitsandbytes sends each question through Python otherwise
+        # A parameter of bitsandbytes sends each question through Python otherwise.
+        with torch._C.DisableTorchFunctionSubclass():
             return all([group.is_current() for group in self._groups])
 
     def remove(self) -> None:
@@ -54,8 +49,8 @@ def keep_dense_weights(model: torch.nn.Module) -> DenseWeights:
     Who writes into a 4-bit weight or its scales afterwards must call `remove()` (a budget looks for that by itself, at each step, in
     the packed weights). For one stream and one thread at a time.
 
-    Returns a DenseWeights, whose `remove()` undoes it. Raises `UnsupportedModel` for a model without decoder layers, ValueError
-    where it has no NF4 weight to keep, as one that FSDP2 has sharded, torch.OutOfMemoryError, with nothing kept, where the memory does not suffice.
+    Returns a DenseWeights, whose `remove()` undoes it. Raises `UnsupportedModel` for a model without decoder layers, ValueError for
+    one without an NF4 weight to keep or that FSDP2 has sharded, torch.OutOfMemoryError, with nothing kept, where memory is short.
     """
     groups, states = [], []
     try:
@@ -95,7 +90,7 @@ def loss_at_most(model: torch.nn.Module, tokens: int) -> int:
 def _groups_of(model):
     """((packed, quant_state) of each weight of a group, the room that it needs) of all groups. None of a model that FSDP2 has sharded,
     whose weights are plain and whole only while they are gathered."""
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if _is_sharded(model):
         return
     _, layers = memory_layers.decoder_layers(model)
     for layer in layers:
@@ -108,6 +103,14 @@ def _groups_of(model):
             ranks = [_rank(layer, name) for name in names]
             beside = _rounded(max(ranks)) if names == _BESIDE else 0
             yield weights, {"beside": beside, "below": _rounded(sum(ranks))}
+
+
+def _is_sharded(model) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _linears(layer) -> dict[str, torch.nn.Module]:

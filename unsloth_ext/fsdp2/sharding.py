@@ -147,6 +147,10 @@ def shard(
     _move_rest(model, device)
     fully_shard(model, **options, ignored_params=kept_whole | ({rows.embedding.weight} if rows else set()))
     ring = ring_for(layers, world, policy.param_dtype) if by_copies and all(waits for *_, waits in everyone) else None
+    if by_copies and world > 1 and not all(waits for *_, waits in everyone):
+        switch.say(
+            "adapters are gathered by the collective, not by copies: the driver lets no stream wait for a number."
+        )
     others = [one for one in (rows, ring) if one is not None]
     hindrance = _connect(model, layers, ends, mesh, others, timeout) if by_copies else None
     if rows and hindrance:
