@@ -163,6 +163,25 @@ def test_an_asynchronous_gather_does_not_wait_on_the_stream_of_who_asks(ranks, c
     assert ranks(2, _asynchronous, folder=str(checkpoints["nf4"])) == [(True, 1, 0)] * 2
 
 
+def _cannot_wait(rank, world, folder):
+    from unsloth_ext.fsdp2 import load, peer_memory, shard, switch
+
+    said, originals = [], (peer_memory.streams_can_wait, switch.say)
+    peer_memory.streams_can_wait, switch.say = (lambda device: rank == 0), said.append
+    try:
+        model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather="copies")
+    finally:
+        peer_memory.streams_can_wait, switch.say = originals
+    batch = models.batches(1, 2)[0]
+    return _ring(model) is None, model(input_ids=batch, labels=batch).loss.item(), said
+
+
+def test_where_one_rank_cannot_wait_none_does_and_it_is_said(ranks, checkpoints):
+    answers = ranks(2, _cannot_wait, folder=str(checkpoints["nf4"]))
+    assert answers[0][1] == answers[1][1]
+    assert all(none and "adapters are gathered by the collective" in said[0] for none, _, said in answers)
+
+
 def _dense(rank, world, folder):
     from unsloth_ext.compiling import keep_dense_weights
     from unsloth_ext.compiling.dense_weights import bytes_wanted

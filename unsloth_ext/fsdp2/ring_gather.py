@@ -2,8 +2,8 @@
 
 An all-gather of 5 MB moves for some microseconds, but its NCCL kernel holds two dozen multiprocessors from when the first rank comes to
 it until the last one has got its multiprocessors too, which a matrix product that is persistent on all of them gives only at its end. On
-two H200 that was 3 ms in each layer's forward, and the products beside it were slower by 17 ms a step. Copies take no
-multiprocessor, and neither does waiting for another rank: the driver's stream memory operations (cuStreamWaitValue32: CUDA Driver API)
+two H200 that was 3 ms in each layer's forward, and the products beside it took 17 ms a step more than alone (benchmarks/NOTES.md, with
+what is not known of it). Copies take no multiprocessor, and neither does waiting for another rank: the driver's stream memory operations (cuStreamWaitValue32: CUDA Driver API)
 let a stream wait until a number in memory has been reached.
 
 All ranks go through a ring of few slots, in memory that the others read (peer_memory.py), gather after gather in the same order, as
