@@ -39,16 +39,8 @@ def given_for(name, ranks, dtype, scalings=(2.0, 2.0, 2.0), **options):
     ]
 
 
-def swiglu(e, g):
-    """Asks for sizes as Unsloth's function does, which also stands for a product's constant last size."""
-    batch, length, width = e.shape
-    h = torch.empty((batch, length, width), dtype=e.dtype, device=e.device)
-    return h.copy_(swiglu_forward(e, g)) if e.numel() < 2**31 else None
-
-
 def function(name, given):
-    more = (swiglu,) if name == "MLP" else ()
-    return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection), *more)
+    return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection))
 
 
 def outer_of(name, head, dtype):
@@ -101,21 +93,21 @@ def test_the_forward_has_the_bits_of_one_projection_after_the_other(name):
     given = given_for(name, (8, 16, 3), torch.bfloat16)
     x = torch.randn(2, 19, H).to(torch.bfloat16)
     found = function(name, given)(x)
-    for one, (packed, state, a, b, scaling) in zip(found if name == "QKV" else (found,), given, strict=True):
-        flat = x.view(-1, H)
+    flat = x.view(-1, H)
+    low = (flat @ torch.cat([one[2] for one in given]).to(x.dtype).t()).split([one[2].shape[0] for one in given], 1)
+    for one, (packed, state, _, b, scaling), part in zip(found if name == "QKV" else (found,), given, low, strict=True):
         wanted = flat @ dequantize(packed, state).t()
-        wanted.addmm_(flat @ a.to(x.dtype).t(), b.to(x.dtype).t(), alpha=scaling)
+        wanted.addmm_(part, b.to(x.dtype).t(), alpha=scaling)
         assert torch.equal(one.view(wanted.shape), wanted)
 
 
 @pytest.mark.parametrize("ranks", [(8, 8), (16, 3), (5, 8)])
 def test_gate_and_up_are_found_again(ranks):
-    """What memory levels compute instead of keeping it: the bits that the function had."""
+    """What memory levels compute instead of keeping it: the bits that the function keeps."""
     given = given_for("MLP", (*ranks, 8), torch.bfloat16)
-    x, seen = torch.randn(2, 19, H).to(torch.bfloat16), []
-    more = lambda e, g: seen.extend((e, g)) or swiglu_forward(e, g)  # noqa: E731
-    projections.MLP.apply(x, *(one for projection in given for one in projection), more)
-    for name, tensor in zip(("gate", "up"), seen, strict=True):
+    x = torch.randn(2, 19, H).to(torch.bfloat16).requires_grad_()
+    kept = function("MLP", given)(x).grad_fn.saved_tensors
+    for name, tensor in zip(("gate", "up"), (one for one in kept if one.shape == (2, 19, I)), strict=True):
         assert torch.equal(projections.gate_or_up(name, x, *given[:2]), tensor)
     with pytest.raises(ValueError, match=r"gate and up must be NF4 projections .*: the input is torch.float32"):
         projections.gate_or_up("up", x.float(), *given[:2])
@@ -230,6 +222,18 @@ def test_operators(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_swiglu_lora(dtype, rank):
+    e, g, a = torch.randn(7, 96).to(dtype), torch.randn(7, 96).to(dtype), torch.randn(rank, 96).to(dtype)
+    torch.library.opcheck(torch.ops.unsloth_ext.swiglu_lora.default, (e, g, a))
+    wide, low = operators.swiglu_lora(e, g, a)
+    h = swiglu_forward(e, g)
+    assert wide.shape == (7, 96 + rank + -rank % 8) and torch.equal(wide[:, :96], h)
+    assert torch.equal(wide[:, 96 : 96 + rank], low) and not wide[:, 96 + rank :].any()
+    assert off([low], [h.double() @ a.double().t()]) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_swiglu_lora_backward(dtype):
     dh, e, g = (torch.randn(7, 96).to(dtype) for _ in range(3))
     low, p = torch.randn(7, 5).to(dtype), torch.randn(7, 8).to(dtype)
@@ -248,7 +252,16 @@ def test_swiglu_lora_backward(dtype):
 INTERPRETED = """
 import torch
 from unsloth_ext.compiling import projections_kernel as kernel
-from unsloth_ext.compiling.projections_operators import swiglu_lora_backward_
+from unsloth_ext.compiling.projections_operators import swiglu_lora, swiglu_lora_backward_
+for rows, width, rank in ((3, 1500, 16), (70, 96, 3), (1, 64, 64), (0, 64, 8), (40, 256, 20)):
+    e, g, a = (torch.randn(n, width).half() for n in (rows, rows, rank))
+    (wanted, rounded), beside = swiglu_lora(e, g, a), rank + -rank % 8
+    wide, low = torch.full((rows, width + 64), 7.0).half(), torch.full((rows, rank), 7.0).half()
+    kernel.swiglu_lora(e, g, a, wide[:, : width + beside], low)
+    torch.testing.assert_close(wide[:, : width + beside], wanted, rtol=4e-3, atol=4e-3 * width**0.5)
+    torch.testing.assert_close(wide[:, :width], wanted[:, :width], rtol=4e-3, atol=4e-3)
+    assert ((low - rounded).norm() <= 2e-3 * rounded.norm()).item() and torch.equal(low, wide[:, width : width + rank])
+    assert (wide[:, width + beside :] == 7).all()
 for dtype, rows, width, ranks in (
     (torch.float16, 3, 1500, (16, 16, 16)), (torch.float16, 70, 96, (3, 20, 8)), (torch.float16, 1, 64, (64, 1, 8)),
     (torch.float16, 0, 64, (1, 1, 8)), (torch.bfloat16, 5, 96, (1, 1, 8)),
@@ -289,7 +302,11 @@ def test_kernel_compiles_for_hopper():
     from triton.backends.compiler import GPUTarget
 
     from unsloth_ext.compiling import projections_kernel as kernel
-    from unsloth_ext.compiling.projections_kernel import swiglu_backward_kernel, swiglu_lora_backward_kernel
+    from unsloth_ext.compiling.projections_kernel import (
+        swiglu_backward_kernel,
+        swiglu_lora_backward_kernel,
+        swiglu_lora_kernel,
+    )
 
     signature = dict.fromkeys(("dh_ptr", "e_ptr", "g_ptr", "wide_ptr"), "*bf16")
     signature |= dict.fromkeys(("width", "pitch", "blocks"), "i32") | {"BLOCK": "constexpr", "PTX": "constexpr"}
@@ -312,6 +329,20 @@ def test_kernel_compiles_for_hopper():
     assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     assert re.search(r"cp\.async\.cg\.\S* \[.*?\], \[.*?\], 0x10", assembly) and "mma.sync" in assembly, assembly
     assert re.search(r"st\.global\S*\.v4", assembly), assembly
+    # Forward: the same, with the rank's columns beside.
+    for rows in (64, 16):
+        names = swiglu_lora_kernel.arg_names
+        signature = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in names}
+        blocks = {"ROWS": rows, "COLUMNS": kernel._ALONG, "RANK": 16, "PTX": True}
+        signature |= dict.fromkeys(blocks, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+        source = triton.compiler.ASTSource(swiglu_lora_kernel, signature, blocks, aligned)
+        made = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": kernel._STAGES}
+        )
+        assembly = made.asm["ptx"]
+        assert re.search(r"cp\.async\.cg\.\S* \[.*?\], \[.*?\], 0x10", assembly) and "mma" in assembly, assembly
+        assert re.search(r"st\.global\S*\.v4", assembly) and made.metadata.shared <= 228 * 1024, assembly
 
 
 def test_refusals():
@@ -352,7 +383,7 @@ def test_routes():
     flat = [one for projection in mlp for one in projection]
 
     route = _mlp(module)
-    assert route(x, *flat, *functions, True, None, None, None, None) == (projections.MLP, (x, *flat, functions[0]))
+    assert route(x, *flat, *functions, True, None, None, None, None) == (projections.MLP, (x, *flat))
     assert route(x, *flat, *functions) is not None
     assert route(x, *flat, gelu, functions[1], True, None, None, None, None) is None
     assert route(x, *flat, *functions, True, (0.1, 0.0, 0.0), None, None, None) is None

@@ -7,7 +7,7 @@ import torch
 from projection_weights import lora, mean_off, results, swiglu_backward, swiglu_forward
 
 from unsloth_ext.compiling import projections
-from unsloth_ext.compiling.projections_operators import swiglu_lora_backward_
+from unsloth_ext.compiling.projections_operators import swiglu_lora, swiglu_lora_backward_
 from unsloth_ext.nf4 import dequantize
 
 pytestmark = pytest.mark.gpu
@@ -31,8 +31,7 @@ def case(name, dtype, ranks=(16, 16, 16), rows=(2, 515)):
 
 
 def run_of(name, given):
-    more = (swiglu_forward,) if name == "MLP" else ()
-    return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection), *more)
+    return lambda x: getattr(projections, name).apply(x, *(one for projection in given for one in projection))
 
 
 def plain_of(name, given, dtype):
@@ -76,25 +75,15 @@ def test_compiled_gradients(name, dtype, ranks):
 
 def test_gate_and_up_are_found_again_bit_for_bit():
     given, x, outer = case("MLP", torch.bfloat16, rows=(2, 512))  # nothing that shape_padding would pad
-    seen = []
-
-    @torch.library.custom_op("unsloth_ext_test::seen", mutates_args=())
-    def swiglu(e: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        seen[:] = (e.clone(), g.clone())
-        return swiglu_forward(e, g)
-
-    swiglu.register_fake(lambda e, g: torch.empty_like(e))
+    kept = []
     torch._dynamo.reset()
-    flat = [one for projection in given for one in projection]
     options = {"epilogue_fusion": True, "shape_padding": True}  # those of Unsloth's blocks
-    torch.compile(
-        lambda x: projections.MLP.apply(x, *flat, swiglu),
-        fullgraph=True,
-        dynamic=True,
-        options=options,
-    )(x)
-    for name, tensor in zip(("gate", "up"), seen, strict=True):
-        assert torch.equal(projections.gate_or_up(name, x.detach(), *given[:2]), tensor), name
+    run = torch.compile(run_of("MLP", given), fullgraph=True, dynamic=True, options=options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        run(x)
+    wide = [one for one in kept if one.shape[-1] == I and one.numel() == 2 * 512 * I]
+    found = [projections.gate_or_up(name, x.detach(), *given[:2]).view(-1, I) for name in ("gate", "up")]
+    assert len(wide) == 2 and all(any(torch.equal(one, w.view(-1, I)) for w in wide) for one in found)
 
 
 def test_nothing_is_copied_together():
@@ -112,6 +101,19 @@ def test_nothing_is_copied_together():
     assert f", {2 * I + 64})" not in "".join(
         line for line in backward.splitlines() if "empty_strided" in line
     ), backward
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [16, 3, 40, 100])
+@pytest.mark.parametrize(("rows", "width"), [(16384, 2816), (8192, 1408), (515, I), (3, 1000), (0, 64)])
+def test_swiglu_lora(dtype, rank, rows, width):
+    e, g, a = (torch.randn(n, width, device=CARD).to(dtype) for n in (rows, rows, rank))
+    wide, low = swiglu_lora(e, g, a)
+    near = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(wide[:, :width], swiglu_forward(e, g), rtol=near, atol=near)
+    exact = wide[:, :width].double() @ a.double().t()
+    assert torch.equal(wide[:, width : width + rank], low) and not wide[:, width + rank :].any()
+    assert not rows or ((low - exact).norm() / exact.norm()).item() < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,7 +15,7 @@ from ..nf4.quant_state import quant_type
 from . import memory_layers
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input each
-_BESIDE = ("gate_proj", "up_proj")  # multiplied with LoRA's columns beside them (projections.py)
+_BESIDE = (_GROUPS[2], _GROUPS[3])  # multiplied with LoRA's columns beside them (projections.py)
 _STEP = 64  # columns and rows of room, so that rows begin where cache lines do
 
 
@@ -101,7 +101,7 @@ def _groups_of(model):
             if len(weights) != len(names) or len({state.shape[1] for _, state in weights}) != 1:
                 continue
             ranks = [_rank(layer, name) for name in names]
-            beside = _rounded(max(ranks)) if names == _BESIDE else 0
+            beside = _rounded(max(ranks)) if names in _BESIDE else 0
             yield weights, {"beside": beside, "below": _rounded(sum(ranks))}
 
 

@@ -7,6 +7,7 @@ from .attention_patch import PATCHES as ATTENTION_PATCHES
 from .memory_patch import PATCHES as MEMORY_PATCHES
 from .packed_patch import PATCHES as PACKED_PATCHES
 from .projections_patch import PATCHES as PROJECTIONS_PATCHES
+from .rope_patch import PATCHES as ROPE_PATCHES
 
 _LLAMA = "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
@@ -96,4 +97,5 @@ PATCHES = (
     *PACKED_PATCHES,
     *MEMORY_PATCHES,
     *PROJECTIONS_PATCHES,
+    *ROPE_PATCHES,
 )

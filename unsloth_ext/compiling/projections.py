@@ -15,9 +15,10 @@ projection after the other:
 * In the MLP's backward the gradients of gate's and up's B and of down's A are sums over the rows of what SwiGLU's backward has in its
   registers, and are made there (`swiglu_lora_backward_`): no pass of their own.
 * x A^T is kept from the forward, rank columns instead of the input's width that would have to be read once more.
-* In the forward gate and up are one product each, [x A^T | x] [s B | W]^T, on weights dequantised beside LoRA's (`nf4_augmented`). Their
-  bits are therefore not those of a sum after the product; `gate_or_up` computes them again. The narrower projections would gain
-  nothing from that (measured on an H200): q, k, v, o and down sum in the order of the projections one by one, with the same bits.
+* In the forward gate, up and down are one product each, [x A^T | x] [s B | W]^T, on weights dequantised beside LoRA's
+  (`nf4_augmented`); what makes down's input writes its x A^T beside it (`swiglu_lora`). Their bits are therefore not those of a sum
+  after the product; `gate_or_up` computes the first two again. The narrower projections would gain nothing from that (measured on an
+  H200): q, k, v and o add LoRA's product to the other. The x A^T of one input are one product too.
 
 The mathematics is that of LoRA (arXiv 2106.09685).
 """
@@ -30,7 +31,7 @@ from ..nf4 import dequantization
 from ..nf4.augmented import nf4_augmented, nf4_stacked
 from ..nf4.dense_copies import copy_of, group_of, product_below, product_beside
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
-from .projections_operators import add_product_, beside, copy_columns_, swiglu_lora_backward_
+from .projections_operators import add_product_, beside, copy_columns_, swiglu_lora, swiglu_lora_backward_
 
 __all__ = ["MLP", "QKV", "Linear", "gate_or_up", "mlp_refusal", "refusal"]
 
@@ -89,7 +90,9 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, packed, state, a, b, scaling):
-        y, low = _project(x.flatten(0, -2), packed, state, a, b, scaling)
+        flat = x.flatten(0, -2)
+        low = _low(flat, a)
+        y = _with_low(flat, low, packed, state, b, scaling)
         ctx.weight = packed, state
         ctx.scaling = scaling
         ctx.save_for_backward(x, a, b, low)
@@ -115,43 +118,47 @@ class QKV(torch.autograd.Function):
         ctx, x, q_packed, q_state, q_a, q_b, q_scaling, k_packed, k_state, k_a, k_b, k_scaling, v_packed, v_state, v_a, v_b, v_scaling
     ):  # fmt: skip
         flat, head = x.flatten(0, -2), x.shape[:-1]
-        q, q_low = _project(flat, q_packed, q_state, q_a, q_b, q_scaling)
-        k, k_low = _project(flat, k_packed, k_state, k_a, k_b, k_scaling)
-        v, v_low = _project(flat, v_packed, v_state, v_a, v_b, v_scaling)
+        low = _low(flat, q_a, k_a, v_a)
+        q_low, k_low, v_low = low.split([q_a.shape[0], k_a.shape[0], v_a.shape[0]], 1)
+        q = _with_low(flat, q_low, q_packed, q_state, q_b, q_scaling)
+        k = _with_low(flat, k_low, k_packed, k_state, k_b, k_scaling)
+        v = _with_low(flat, v_low, v_packed, v_state, v_b, v_scaling)
         ctx.weights = (q_packed, q_state), (k_packed, k_state), (v_packed, v_state)
         ctx.scalings = q_scaling, k_scaling, v_scaling
-        ctx.save_for_backward(x, q_a, q_b, k_a, k_b, v_a, v_b, q_low, k_low, v_low)
+        ctx.save_for_backward(x, q_a, q_b, k_a, k_b, v_a, v_b, low)
         return q.unflatten(0, head), k.unflatten(0, head), v.unflatten(0, head)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        x, q_a, q_b, k_a, k_b, v_a, v_b, q_low, k_low, v_low = ctx.saved_tensors
+        x, q_a, q_b, k_a, k_b, v_a, v_b, low = ctx.saved_tensors
         a_s, b_s = (q_a, k_a, v_a), (q_b, k_b, v_b)
         wide, dy, p = _side_by_side((dq.flatten(0, -2), dk.flatten(0, -2), dv.flatten(0, -2)), b_s, ctx.scalings)
         dx = _times_stacked(wide, ctx.weights, a_s)
         dq_a, dk_a, dv_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
-        dq_b, dk_b, dv_b = _gradients_of_b(dy, torch.cat([q_low, k_low, v_low], 1), b_s, ctx.scalings)
+        dq_b, dk_b, dv_b = _gradients_of_b(dy, low, b_s, ctx.scalings)
         return (dx.view_as(x), None, None, dq_a, dq_b, None, None, None, dk_a, dk_b, None, None, None, dv_a, dv_b, None)  # fmt: skip
 
 
 class MLP(torch.autograd.Function):
-    """down(silu(gate(x)) up(x)), each projection as `Linear`.  forward_function(e, g): silu(e) g, all [..., I]; its backward is here."""
+    """down(silu(gate(x)) up(x)), each projection as `Linear` but for the order of its sums."""
 
     @staticmethod
     def forward(
         ctx, x, gate_packed, gate_state, gate_a, gate_b, gate_scaling, up_packed, up_state, up_a, up_b, up_scaling,
-        down_packed, down_state, down_a, down_b, down_scaling, forward_function,
+        down_packed, down_state, down_a, down_b, down_scaling,
     ):  # fmt: skip
         flat, head = x.flatten(0, -2), x.shape[:-1]
         low = _low(flat, gate_a, up_a)
         wide = _columns(flat, low, gate_a, up_a)
-        e = _gate(wide, gate_packed, gate_state, gate_b, gate_scaling).unflatten(0, head)
-        g = _up(wide, up_packed, up_state, up_b, up_scaling).unflatten(0, head)
-        h = forward_function(e, g)
-        y, down_low = _project(h.flatten(0, -2), down_packed, down_state, down_a, down_b, down_scaling)
+        e = _gate(wide, gate_packed, gate_state, gate_b, gate_scaling)
+        g = _up(wide, up_packed, up_state, up_b, up_scaling)
+        h, down_low = swiglu_lora(e, g, down_a.to(e.dtype))
+        y = _beside_right(h, down_packed, down_state, down_b, down_scaling)
         ctx.weights = (gate_packed, gate_state), (up_packed, up_state), (down_packed, down_state)
         ctx.scalings = gate_scaling, up_scaling, down_scaling
-        ctx.save_for_backward(x, gate_a, gate_b, up_a, up_b, down_a, down_b, e, g, low, down_low)
+        ctx.save_for_backward(
+            x, gate_a, gate_b, up_a, up_b, down_a, down_b, e.unflatten(0, head), g.unflatten(0, head), low, down_low
+        )
         return y.unflatten(0, head)
 
     @staticmethod
@@ -178,16 +185,15 @@ class MLP(torch.autograd.Function):
         dx = _times_stacked(wide, (gate_weight, up_weight), a_s)
         return (
             dx.view_as(x), None, None, dgate_a, dgate_b, None, None, None, dup_a, dup_b, None,
-            None, None, ddown_a, ddown_b, None, None,
+            None, None, ddown_a, ddown_b, None,
         )  # fmt: skip
 
 
-def _project(x, packed, state, a, b, scaling):
-    """(y, x A^T) of x [T, K], in the order of Unsloth's `matmul_lora`: x W^T, then += s (x A^T) B^T in the output's dtype."""
+def _with_low(x, low, packed, state, b, scaling):
+    """y of x [T, K] and low = x A^T, in the order of Unsloth's `matmul_lora`: x W^T, then += s low B^T in the output's dtype."""
     y = x @ dequantization.traced(packed, state, dtype=x.dtype).t()
-    low = x @ a.to(x.dtype).t()
     add_product_(y, low, b.to(x.dtype).t(), scaling)
-    return y, low
+    return y
 
 
 def gate_or_up(name: str, x: torch.Tensor, gate, up) -> torch.Tensor:
@@ -204,9 +210,10 @@ def gate_or_up(name: str, x: torch.Tensor, gate, up) -> torch.Tensor:
     return one(wide, packed, state, b, scaling).unflatten(0, x.shape[:-1])
 
 
-def _low(x, gate_a, up_a):
-    """[x A_gate^T | x A_up^T], reading x once."""
-    return x @ torch.cat([gate_a.to(x.dtype), up_a.to(x.dtype)]).t()
+def _low(x, *a_s):
+    """[x A_1^T | x A_2^T | ...], reading x once."""
+    a_s = [a.to(x.dtype) for a in a_s]
+    return x @ (torch.cat(a_s) if len(a_s) > 1 else a_s[0]).t()
 
 
 def _columns(x, low, gate_a, up_a):
@@ -228,11 +235,20 @@ def _gate(wide, packed, state, b, scaling):
 
 def _up(wide, packed, state, b, scaling):
     """wide: what `_columns` gives; up's are the last."""
+    columns = b.shape[1] + _padding([b.shape[1]]) + _width(state)
+    return _beside_right(wide[:, wide.shape[1] - columns :], packed, state, b, scaling)
+
+
+def _beside_right(wide, packed, state, b, scaling):
+    """[x | x A^T | zeros] [W | s B | zeros]^T."""
     scaled, kept = _scaled(b, scaling), copy_of(state, wide.dtype, wide.device)
     if kept is not None:
-        return product_beside(wide[:, wide.shape[1] - scaled.shape[1] - kept.shape[1] :], kept, scaled, False)
-    weight = nf4_augmented(packed, state, None, scaled, wide.dtype)
-    return wide[:, wide.shape[1] - weight.shape[1] :] @ weight.t()
+        return product_beside(wide, kept, scaled, False)
+    return wide @ nf4_augmented(packed, state, None, scaled, wide.dtype).t()
+
+
+def _width(state) -> int:
+    return (state[1] if type(state) is list else state.shape)[1]
 
 
 def _scaled(b, scaling):

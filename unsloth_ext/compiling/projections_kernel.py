@@ -1,7 +1,10 @@
-"""SwiGLU's backward that writes the two gradients as columns of one matrix, for a card, and LoRA's sums over the rows of what it writes.
+"""SwiGLU for a card, with what of LoRA can be had of what it has in its registers: forward and backward.
 
-Inductor would compute a concatenation of pointwise results by one kernel of the concatenation's size, whose halves each read all
-that both need, beside another kernel for h; here everything is read once. The gradients of gate's and up's B and of down's A are
+Forward: a program takes some rows and goes along them, so that h A^T of down stays in its registers and is written beside h: the next
+product reads both as one matrix, and h is neither read once more for A nor the result for B.
+
+Backward: Inductor would compute a concatenation of pointwise results by one kernel of the concatenation's size, whose halves each read all
+that both need, beside another kernel for h; here everything is read once, and written as columns of one matrix. The gradients of gate's and up's B and of down's A are
 sums over the rows, of de, dg and h, which are here already: a program takes some columns and goes down the rows, so those sums
 stay in its registers, and three quarters of a gigabyte a layer (8B, 8192 tokens) are not read once more for them.
 """
@@ -18,6 +21,7 @@ MOST_RANK = 64  # beyond, the sums would not stay in registers
 _BLOCK = 1024  # 8 elements a thread: 16 bytes a load
 _ROWS, _COLUMNS, _WARPS = 32, 64, 4  # rows of a step, columns of a program
 _PROGRAMS = 2048  # about; each split of the rows writes its sums
+_ALONG, _STAGES = 128, 4  # columns of a step of the forward, steps in shared memory
 _PTX = os.environ.get("TRITON_INTERPRET") != "1"
 
 
@@ -30,6 +34,61 @@ def _sigmoid(x, PTX: tl.constexpr):
             "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     return tl.sigmoid(x)
+
+
+@triton.jit
+def swiglu_lora_kernel(
+    e_ptr,  # [T, width], contiguous
+    g_ptr,  # [T, width], contiguous
+    a_ptr,  # [rank, width], contiguous
+    wide_ptr,  # [T, pitch]: h, then h A^T in `beside` columns
+    low_ptr,  # [T, rank], contiguous: h A^T once more
+    many,  # T
+    width,
+    pitch,
+    rank,
+    beside,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,  # at least the rank, and `beside`
+    PTX: tl.constexpr,  # False in the interpreter
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    dtype: tl.constexpr = wide_ptr.dtype.element_ty
+    ranks = tl.arange(0, RANK)[None, :]
+    low = tl.zeros((ROWS, RANK), tl.float32)
+    for start in range(0, width, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = (rows < many) & (columns[None, :] < width)
+        here = rows * width + columns[None, :]
+        e = tl.load(e_ptr + here, mask=inside, other=0).to(tl.float32)
+        g = tl.load(g_ptr + here, mask=inside, other=0).to(tl.float32)
+        a = tl.load(a_ptr + ranks * width + columns[:, None], mask=(columns[:, None] < width) & (ranks < rank), other=0)
+        h = ((_sigmoid(e, PTX) * e).to(dtype).to(tl.float32) * g).to(dtype)
+        tl.store(wide_ptr + rows * pitch + columns[None, :], h, mask=inside)
+        low = tl.dot(h, a, low)
+    tl.store(wide_ptr + rows * pitch + width + ranks, low.to(dtype), mask=(rows < many) & (ranks < beside))
+    tl.store(low_ptr + rows * rank + ranks, low.to(dtype), mask=(rows < many) & (ranks < rank))
+
+
+def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.Tensor, low: torch.Tensor) -> None:
+    """wide[:, :I] = h = silu(e) g, wide[:, I:] = [h A^T | zeros] and low = h A^T, for contiguous 16-bit e, g [T, I] and a [rank, I].
+
+    wide: [T, I + rank or a few more], whose rows may be farther apart; low: [T, rank], contiguous. No rank may be above `MOST_RANK`.
+    """
+    (rows, width), rank = e.shape, a.shape[0]
+    step = rows_for(rows)
+    if rows:
+        swiglu_lora_kernel[(triton.cdiv(rows, step),)](
+            e, g, a, wide, low, rows, width, wide.stride(0), rank, wide.shape[1] - width,
+            ROWS=step, COLUMNS=_ALONG, RANK=triton.next_power_of_2(max(16, wide.shape[1] - width)), PTX=_PTX,
+            num_warps=4, num_stages=_STAGES,
+        )  # fmt: skip
+
+
+def rows_for(rows: int) -> int:
+    """How many rows a program goes along: two programs for each multiprocessor of an H200, where there are enough rows."""
+    return next((step for step in (64, 32) if rows >= 200 * step), 16)
 
 
 @triton.jit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["add_product_", "beside", "copy_columns_", "swiglu_lora_backward_"]
+__all__ = ["add_product_", "beside", "copy_columns_", "swiglu_lora", "swiglu_lora_backward_"]
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
     "add_product_(Tensor(a!) out, Tensor a, Tensor b, float alpha) -> ()",
     "copy_columns_(Tensor(a!) out, Tensor part) -> ()",
     "beside(Tensor[] parts) -> Tensor",
+    "swiglu_lora(Tensor e, Tensor g, Tensor a) -> (Tensor wide, Tensor low)",
     "swiglu_lora_backward_(Tensor(a!) dh, Tensor e, Tensor g, Tensor low, Tensor p, SymInt gate_rank, SymInt more) "
     "-> (Tensor wide, Tensor sums)",
 ):
@@ -31,6 +32,15 @@ def beside(parts) -> torch.Tensor:
     """Matrices of equal rows side by side, copied. Inductor would let torch.cat's parts be views of its result: what is kept of them
     for the backward would keep all of it, and products that read them would read columns of it."""
     return torch.ops.unsloth_ext.beside(parts)
+
+
+def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = silu(e) g and, of the same pass, h A^T.  e, g: [T, I]; a: [rank, I], all of one 16-bit dtype.
+
+    Returns wide = [h | h A^T | zeros to a multiple of 8 columns], whose rows begin at cache lines where those of e do, and h A^T,
+    [T, rank], contiguous. Rounded where Unsloth's kernel rounds: silu(e), the product, the sum.
+    """
+    return torch.ops.unsloth_ext.swiglu_lora(e, g, a)
 
 
 def swiglu_lora_backward_(
@@ -57,6 +67,32 @@ def _copy_columns(out, part) -> None:
 
 def _beside(parts):
     return torch.cat(parts, 1)
+
+
+def _results_of(e, g, a):
+    (rows, width), rank = e.shape, a.shape[0]
+    beside = rank + -rank % 8
+    wide = e.new_empty(rows, width + beside + -beside % 64)
+    return wide[:, : width + beside], e.new_empty(rows, rank)
+
+
+def _swiglu_lora(e, g, a):
+    wide, low = _results_of(e, g, a)
+    rank, width = a.shape
+    if e.is_cuda:
+        from . import projections_kernel as kernel
+
+        if rank <= kernel.MOST_RANK:
+            with torch.cuda.device(e.device):
+                kernel.swiglu_lora(e.contiguous(), g.contiguous(), a.contiguous(), wide, low)
+            return wide, low
+    if e.device.type == "cpu":  # oneDNN multiplies what stands behind a row's end by zeros: it may not be NaN
+        torch.as_strided(wide, (wide.shape[0], wide.stride(0)), (wide.stride(0), 1)).zero_()
+    h = wide[:, :width]
+    torch.mul(torch.nn.functional.silu(e.float()).to(e.dtype), g, out=h)
+    torch.mm(h, a.t(), out=low)
+    wide[:, width:] = torch.nn.functional.pad(low, (0, -rank % 8))
+    return wide, low
 
 
 def _results_for(dh, e, g, low, p, gate_rank, more):
@@ -91,8 +127,10 @@ for _key in ("CPU", "CUDA"):
     _library.impl("add_product_", _add_product, _key)
     _library.impl("copy_columns_", _copy_columns, _key)
     _library.impl("beside", _beside, _key)
+    _library.impl("swiglu_lora", _swiglu_lora, _key)
     _library.impl("swiglu_lora_backward_", _swiglu_lora_backward, _key)
 torch.library.register_fake("unsloth_ext::add_product_", lambda out, a, b, alpha: None, lib=_library)
 torch.library.register_fake("unsloth_ext::copy_columns_", lambda out, part: None, lib=_library)
 torch.library.register_fake("unsloth_ext::beside", _beside, lib=_library)
+torch.library.register_fake("unsloth_ext::swiglu_lora", _results_of, lib=_library)
 torch.library.register_fake("unsloth_ext::swiglu_lora_backward_", _results_for, lib=_library)

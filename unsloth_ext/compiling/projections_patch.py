@@ -19,7 +19,7 @@ _FASTER = {
 }  # compute capabilities: Hopper, measured on an H200, 4% of a whole step of the 8B shape (benchmarks/NOTES.md)
 
 
-def _is_faster_here() -> bool:
+def is_faster_here() -> bool:
     import torch
 
     cards = range(torch.cuda.device_count())
@@ -33,7 +33,7 @@ def _is_faster_here() -> bool:
 def _side_by_side(module, target):
     if not module.TRACE_LORA_FUNCTIONS:  # torch before 2.11 runs them outside of the graph
         raise NotHere("this torch does not trace Unsloth's LoRA functions")
-    if not os.environ.get(_SWITCH) and not _is_faster_here():
+    if not os.environ.get(_SWITCH) and not is_faster_here():
         raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
     routes = {"LoRA_MLP": _mlp, "LoRA_QKV": _qkv, "LoRA_W": _linear}
     return [SetAttribute(module, name, _stand_in(getattr(module, name), of(module))) for name, of in routes.items()]
@@ -41,12 +41,10 @@ def _side_by_side(module, target):
 
 def _stand_in(original, route):
     """What Unsloth calls `apply` of. (Dynamo cannot ask which of several autograd functions it was given.)"""
-    import torch
-
-    is_compiling = torch.compiler.is_compiling
+    from .as_traced import as_traced
 
     def apply(*args):
-        if is_compiling():
+        if as_traced():
             found = route(*args)
             if found is not None:
                 return found[0].apply(*found[1])
@@ -72,7 +70,7 @@ def _mlp(module):
             return None
         if refusal(x.new_empty(1, given[3].shape[0]), given[10:]):  # down reads what gate makes
             return None
-        return MLP, (x, *given, forward_function)
+        return MLP, (x, *given)
 
     return route
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from .as_traced import like_compiled
 from .recompute import Frame, Saved, Stop, Value, again
 from .recompute_recipes import Script, find_products, lasting, norm_functions, norm_recipe, view, whole
 
@@ -43,7 +44,7 @@ class Retrace:
         raise Stop
 
     def run(self, frame: Frame, tensor: torch.Tensor, plain: Callable) -> None:
-        with again(self, frame.surroundings, self.pack):
+        with again(self, frame.surroundings, self.pack), like_compiled():
             frame.run(tensor, plain)
 
 

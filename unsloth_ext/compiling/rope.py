@@ -1,0 +1,90 @@
+"""Rotary position embedding as plain arithmetic that Inductor sees, for a compiled layer.
+
+A kernel of its own reads and writes queries and keys once more between a projection and attention, and again in the backward between
+attention and the projections' gradients. As arithmetic, the backward's rotation is done by whatever reads its result: the kernel that
+writes the gradients side by side. To Dynamo it is one operator whose result is of its input's shape, which is traced in no time; where
+AOTAutograd makes a graph of it (`FunctionalTensorMode`) it is the sum of two products in fp32, rounded once. In eager code on a card it
+is a kernel of the same bits (rope_kernel.py).
+
+The rotation is that of RoFormer (arXiv 2104.09864) in the form of halves: x1 cos - x2 sin, x2 cos + x1 sin.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+__all__ = ["refusal", "rotate"]
+
+_library = torch.library.Library("unsloth_ext", "FRAGMENT")
+_library.define(
+    "rotate(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool back) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [B, S, H, D] rotated by its position. Differentiable in x.
+
+    cos, sin: tables [at least the positions asked for, D or D / 2], of which the first half of the columns is read.
+    positions: [B * S] or [B, S] integers, a table's row for each token; None: token i of each row has row i.
+    Returns a new contiguous [B, S, H, D] of x's dtype. D must be even.
+    """
+    return torch.ops.unsloth_ext.rotate(x, cos, sin, positions, False)
+
+
+def refusal(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str:
+    """Why these, q and k [B, H, S, D], cannot be rotated by `rotate`, in a few words; "" where they can."""
+    if not (q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in (torch.float16, torch.bfloat16)):
+        return "not all of one 16-bit dtype"  # Unsloth rounds where the tables are wider
+    if q.device.type not in ("cuda", "cpu"):
+        return "on another kind of device"
+    if cos.dim() != 2 or sin.dim() != 2 or q.dim() != 4 or q.shape[-1] % 2:
+        return "of other shapes"
+    return ""
+
+
+def _rotate(x, cos, sin, positions, back):
+    half = x.shape[-1] // 2
+    if positions is None:
+        cos, sin = (table[: x.shape[1], :half][None, :, None] for table in (cos, sin))
+    else:
+        cos, sin = (table[positions, :half].view(x.shape[0], x.shape[1], 1, half) for table in (cos, sin))
+    cos, sin = cos.float(), -sin.float() if back else sin.float()
+    left, right = x[..., :half].float(), x[..., half:].float()
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    _, cos, sin, positions, ctx.back = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx, gradient):
+    cos, sin, positions = ctx.saved_tensors
+    return torch.ops.unsloth_ext.rotate(gradient, cos, sin, positions, not ctx.back), None, None, None, None
+
+
+def _rotate_on_card(x, cos, sin, positions, back):
+    if x.stride(-1) != 1 or cos.stride(-1) != 1 or sin.stride(-1) != 1:
+        return _rotate(x, cos, sin, positions, back)
+    from . import rope_kernel
+
+    with torch.cuda.device(x.device):
+        return rope_kernel.rotate(x, cos, sin, None if positions is None else positions.contiguous(), back)
+
+
+_library.impl("rotate", _rotate, "CPU")
+_library.impl("rotate", _rotate_on_card, "CUDA")
+torch.library.register_fake(
+    "unsloth_ext::rotate", lambda x, cos, sin, positions, back: x.new_empty(x.shape), lib=_library
+)
+torch.library.register_autograd("unsloth_ext::rotate", _backward, setup_context=_setup_context, lib=_library)
+
+
+@torch.library.register_torch_dispatch("unsloth_ext::rotate", FunctionalTensorMode, lib=_library)
+def _traced(mode, operator, types, args, kwargs):
+    with mode:
+        return _rotate(*args, **kwargs)

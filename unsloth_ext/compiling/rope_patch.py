@@ -1,0 +1,54 @@
+"""What the room changes in Unsloth's rotary embedding: while a graph is traced, it is arithmetic in the graph (rope.py).
+
+Outside of a trace, and for what `rope.refusal` names, it is Unsloth's own. On by itself on Hopper, where it was measured to be faster, with
+UNSLOTH_EXT_TRACED_ROPE=1 elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from ..patching import NotHere, Patch, SetAttribute, Target
+from .projections_patch import is_faster_here
+
+_ROPE = "unsloth.kernels.rope_embedding"
+_SINCE = ">=2026.10.9"
+_SWITCH = "UNSLOTH_EXT_TRACED_ROPE"
+
+
+def _traced(module, target):
+    if not os.environ.get(_SWITCH) and not is_faster_here():
+        raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
+    return [SetAttribute(module, "fast_rope_embedding", _routed(module.fast_rope_embedding))]
+
+
+def _routed(original):
+    from .as_traced import as_traced
+    from .rope import refusal, rotate
+
+    @functools.wraps(original)
+    def fast_rope_embedding(Q, K, cos, sin, rope_embedding_indices=None):
+        if as_traced():
+            tables = cos.squeeze(), sin.squeeze()
+            if not refusal(Q, K, *tables):
+                at = None if rope_embedding_indices is None else rope_embedding_indices.reshape(-1)
+                return tuple(rotate(x.transpose(1, 2), *tables, at).transpose(1, 2) for x in (Q, K))
+        return original(Q, K, cos, sin, rope_embedding_indices)
+
+    return fast_rope_embedding
+
+
+PATCHES = (
+    Patch(
+        id="compiling.rope",
+        challenge="C",
+        summary="in a compiled layer rotary embedding is arithmetic that other kernels take in: a pass less, and less to trace (by itself on Hopper)",
+        targets=(Target(_ROPE, "fast_rope_embedding", _SINCE, ("47ad74dc7976413c",)),),
+        relies_on=(Target(_ROPE, "_rope_launch", _SINCE, ("729a3b36c790b633",)),),
+        changes=_traced,
+        run_time_only="a git patch would bring an operator and its measurements with it",
+        switch=_SWITCH,
+        on_unless_switched_off=True,
+    ),
+)
