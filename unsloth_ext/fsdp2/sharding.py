@@ -83,6 +83,9 @@ def shard(
         have. "auto": by copies among CUDA cards that can, else by the collective.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
+    In a loop of one's own, `torch.autograd.set_multithreading_enabled(False)` before it runs backwards in the loop's thread, which
+    saves the second cuBLAS workspace (32 MiB on Hopper), as `Trainer.train` does under the switch.
+
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
     ranks disagree or one is missing. Nothing has been changed then, unless memory ran out. Where only "copies" are impossible,
     which is known last, the model is sharded when `UsageError` is raised, and gathers by the collective.
