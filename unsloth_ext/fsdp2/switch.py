@@ -23,6 +23,7 @@ __all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "say_
 
 VARIABLE = "UNSLOTH_EXT_FSDP2"
 PATCHES = ("fsdp2.trainer", "fsdp2.loading")
+_WITH_UNSLOTH = ("fsdp2.rotary_tables",)  # which a run does without, too
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -121,7 +122,7 @@ def enable(**changes) -> Settings:
         known = ", ".join(field.name for field in fields(Settings))
         raise UsageError(f"enable() has no setting {', '.join(unknown)}", f"There are: {known}.")
     _enabled = replace(requested() or Settings(), **changes)
-    unsloth_ext.enable(*PATCHES)
+    unsloth_ext.enable(*PATCHES, *_WITH_UNSLOTH)
     for row in unsloth_ext.status():
         if row.id in PATCHES and row.state in ("failed", "skipped"):
             disable()
@@ -135,7 +136,7 @@ def disable() -> None:
 
     global _enabled
     _enabled = None
-    unsloth_ext.disable(*PATCHES)
+    unsloth_ext.disable(*PATCHES, *_WITH_UNSLOTH)
 
 
 def world_size() -> int:
