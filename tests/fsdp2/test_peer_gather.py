@@ -276,7 +276,9 @@ def test_tensors_share_pieces_of_memory_so_that_little_is_rounded_up(monkeypatch
 
     made = []
     monkeypatch.setattr(
-        peer_memory.PeerMemory, "_piece", lambda self, size: made.append(torch.zeros(size, dtype=torch.uint8)) or made[-1]
+        peer_memory.PeerMemory,
+        "_piece",
+        lambda self, size: made.append(torch.zeros(size, dtype=torch.uint8)) or made[-1],
     )
     monkeypatch.setattr(peer_memory, "_driver", lambda: None)
     memory, sizes = peer_memory.PeerMemory(torch.device("cpu")), [1000, 256, 3, 70_000]
@@ -285,7 +287,9 @@ def test_tensors_share_pieces_of_memory_so_that_little_is_rounded_up(monkeypatch
     assert [part.numel() for part in parts] == sizes and all(part.data_ptr() % 64 == 0 for part in parts)
     places = [part.data_ptr() - made[0].data_ptr() for part in parts]
     assert places == [0, 1024, 1280, 1536] and [piece.numel() for piece in made] == [1536 + 70_144]
-    assert memory.rest is None and memory.allocate(7).numel() == 7 and len(made) == 2  # not expected: a piece of its own
+    assert (
+        memory.rest is None and memory.allocate(7).numel() == 7 and len(made) == 2
+    )  # not expected: a piece of its own
     memory.expect([1000, 1000])
     memory.allocate(1000)
     with pytest.raises(ValueError, match="2000 bytes were not expected"):

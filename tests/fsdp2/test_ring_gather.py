@@ -198,6 +198,39 @@ def test_there_are_as_many_slots_as_are_taken_at_once(ranks, six_layers, ahead, 
         assert all(refused > 0 for *_, refused, _ in ranks(2, _at_once, **options, fewer=1))
 
 
+def _parts(rank, world, folder):
+    from types import SimpleNamespace
+
+    from unsloth_ext.fsdp2 import bytes_held, load, shard
+    from unsloth_ext.fsdp2.held import parts_held
+    from unsloth_ext.fsdp2.optimizers import step_quickly
+
+    found = []
+    for gather in ("copies", "collective"):
+        model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather=gather)
+        optimizer = step_quickly(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+        model.rotary = torch.nn.Module()
+        model.rotary.multi_gpu_cos_cached, model.rotary.other = [None, torch.zeros(5)], SimpleNamespace()
+        batch = models.batches(1, 2)[0]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        before = parts_held(model, optimizer)["gradients"]
+        optimizer.zero_grad()
+        ring = _ring(model)
+        found.append((bytes_held(model), before, parts_held(model, optimizer), ring and ring.part.numel()))
+    return found
+
+
+def test_what_is_held_is_told_by_its_parts(ranks, checkpoints):
+    for found in ranks(2, _parts, folder=str(checkpoints["nf4"])):
+        for (held, gradients, parts, ring), by_copies in zip(found, (True, False), strict=True):
+            assert (
+                parts["parameters"] == sum(held.values()) and gradients == held["trainable"] and not parts["gradients"]
+            )
+            assert 2 * held["trainable"] < parts["optimizer"] < 2 * held["trainable"] + 4 * 100
+            assert parts["ring"] == (ring or 0) and parts["rotary"] == 20 and bool(ring) == by_copies
+
+
 def _asynchronous(rank, world, folder):
     from unsloth_ext.fsdp2 import load, shard
     from unsloth_ext.fsdp2.sharding import units_of

@@ -101,7 +101,11 @@ def test_backwards_run_in_the_thread_that_trains(ranks, checkpoints, tmp_path, o
         found[wanted] = answers[0][0]
     assert len(set(map(tuple, found.values()))) == 1  # bit for bit
     if checkpointing is None:
-        assert ranks(1, _threads, settings={}, **arguments)[0][1:] == ([True], [True], True)  # not a model that we sharded
+        assert ranks(1, _threads, settings={}, **arguments)[0][1:] == (
+            [True],
+            [True],
+            True,
+        )  # not a model that we sharded
 
 
 def test_grpo_generates_and_steps(ranks, checkpoints, tmp_path):

@@ -130,7 +130,14 @@ def test_rotary_tables_have_the_rows_that_are_asked_for(tmp_path):
     ranked = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     ours, _ = _run(script, "-", tmp_path / "ours.json", 1, UNSLOTH_EXT_FSDP2="1", **ranked)
     assert ours["state"] == ["applied"] and ours["same"]
-    assert ours["rows"] == [8192, 8192, 24576, 24576, 131072, 32768]  # the last: decoding counts on all that such a model knows
+    assert ours["rows"] == [
+        8192,
+        8192,
+        24576,
+        24576,
+        131072,
+        32768,
+    ]  # the last: decoding counts on all that such a model knows
     alone, _ = _run(script, "-", tmp_path / "alone.json", 1, UNSLOTH_EXT_FSDP2="1")
     off, _ = _run(script, "-", tmp_path / "off.json", 1, **ranked)
     assert alone["rows"] == off["rows"] == [32768, 32768, 32768, 32768, 131072, 32768]

@@ -161,6 +161,7 @@ def shard(
     if rows and hindrance:
         fully_shard(rows.embedding, **options)
         ends.insert(0, rows.embedding)
+    model._unsloth_ext_ring = ring if by_copies and not hindrance else None
     prefetching.arrange(model, layers, ends, by_copies and not hindrance)
     model._unsloth_ext_resident = kept_layers.keep(layers, residency, kept_whole)
     kept = (model._unsloth_ext_resident, ()) if reshard_after_forward else (layers, ends)
