@@ -9,10 +9,10 @@
 A Llama-shaped NF4 checkpoint with random weights, LoRA of rank 16 on all seven projections, fused AdamW, bf16 autocast, one loop for
 all sides, the same tokens (the standard library's sources, with --tokenizer) in the same global batch. One card sees a rank's rows
 at a time and accumulates, so that its products have the same shapes. Sides with Unsloth's model have unsloth_ext's other parts in,
-all alike. "held" is what is allocated after a step, "load peak" the most while the model is made ready. All figures are of the rank
-with the largest. Rows are written after each side; those of earlier calls of the same case on the same machine and commit stay
-beside them. With --together all sides load and take their first step at once, and then train one after
-another: load_s, first_step_s and the time that --limit limits then have the other sides in them.
+all alike. "held" is what is allocated after a step, held_*_mib what of it is known (other: the rest), "load peak" the most while the
+model is made ready. All figures are of the rank with the largest. Rows are written after each side; those of earlier calls of the same
+case on the same machine and commit stay beside them. With --together all sides load and take their first step at once, and then train
+one after another: load_s, first_step_s and the time that --limit limits then have the other sides in them.
 """
 
 import argparse
@@ -124,10 +124,11 @@ def prepare(side, args, device):
     """(model, what to be inside of for a step)"""
     nothing = contextlib.nullcontext
     if side in SWITCHED:
-        from unsloth_ext.fsdp2.trainer import shard_for_trainer
+        from unsloth_ext.fsdp2.trainer import backward_in_caller, shard_for_trainer
 
-        # What the switch does at the start of a Trainer.
-        return shard_for_trainer(lora(loaded(args, device, args.unsloth), args, args.unsloth).train()), nothing
+        # What the switch does at the start of a Trainer, and of its `train`.
+        model = shard_for_trainer(lora(loaded(args, device, args.unsloth), args, args.unsloth).train())
+        return model, lambda: backward_in_caller(model)
     if side == "ours-sliced":
         from unsloth_ext.fsdp2 import load, shard
 
@@ -242,11 +243,18 @@ def measure(side, args) -> None:
         turn.close()
     figures = {"peak_gib": allocated(most=True), "held_gib": allocated(), "load_peak_gib": load_peak, "load_s": seconds}
     if side.startswith("ours"):
-        from unsloth_ext.fsdp2 import bytes_held
+        from unsloth_ext.fsdp2.held import bytes_held, parts_held
 
         held = bytes_held(model)
         figures |= {f"{kind}_gib": size / 2**30 for kind, size in held.items()}
         figures["quant_state_bytes"] = held["quant_state"]
+        figures |= {f"held_{name}_mib": size / 2**20 for name, size in parts_held(model, optimizer).items()}
+        figures["held_tokens_mib"] = tokens.untyped_storage().nbytes() / 2**20  # the benchmark's own
+        if not args.cpu:
+            torch._C._cuda_clearCublasWorkspaces()
+            figures["held_cublas_mib"] = (figures["held_gib"] - allocated()) * 1024
+            named = sum(size for name, size in figures.items() if name.startswith("held_") and name != "held_gib")
+            figures["held_other_mib"] = figures["held_gib"] * 1024 - named
     everyone = [figures]
     if world > 1:
         everyone = [None] * world

@@ -264,6 +264,38 @@ def test_where_nothing_is_to_be_copied_copies_do_no_harm(ranks, checkpoints, wor
     assert len(set(losses)) == 1
 
 
+def test_tensors_share_pieces_of_memory_so_that_little_is_rounded_up(monkeypatch):
+    from unsloth_ext.fsdp2 import peer_memory
+
+    layer, rows, ring = 56257024, 525336576, 15729664  # bytes a rank, Llama 3.1 8B on two: 53.65, 501 and 15 MiB
+    sizes, megabytes = [layer] * 32 + [rows, ring], 2 << 20
+    pieces = peer_memory.segments(sizes)
+    assert sum(pieces) == sum(sizes) and max(pieces) <= 640 << 20
+    assert sum(-piece % megabytes for piece in pieces) < megabytes < 13 * (1 << 20) < sum(-s % megabytes for s in sizes)
+    assert peer_memory.segments([3 << 30, 5]) == [3 << 30, 256] and peer_memory.segments([]) == []
+
+    made = []
+    monkeypatch.setattr(
+        peer_memory.PeerMemory,
+        "_piece",
+        lambda self, size: made.append(torch.zeros(size, dtype=torch.uint8)) or made[-1],
+    )
+    monkeypatch.setattr(peer_memory, "_driver", lambda: None)
+    memory, sizes = peer_memory.PeerMemory(torch.device("cpu")), [1000, 256, 3, 70_000]
+    memory.expect(sizes)
+    parts = [memory.allocate(size) for size in sizes]
+    assert [part.numel() for part in parts] == sizes and all(part.data_ptr() % 64 == 0 for part in parts)
+    places = [part.data_ptr() - made[0].data_ptr() for part in parts]
+    assert places == [0, 1024, 1280, 1536] and [piece.numel() for piece in made] == [1536 + 70_144]
+    assert (
+        memory.rest is None and memory.allocate(7).numel() == 7 and len(made) == 2
+    )  # not expected: a piece of its own
+    memory.expect([1000, 1000])
+    memory.allocate(1000)
+    with pytest.raises(ValueError, match="2000 bytes were not expected"):
+        memory.allocate(2000)
+
+
 def test_other_devices_are_refused_and_missing_files_not_made(tmp_path, monkeypatch):
     from unsloth_ext.fsdp2.peer_memory import HostMemory, of_device
 

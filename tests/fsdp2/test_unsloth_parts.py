@@ -88,3 +88,56 @@ def test_the_model_in_parts_is_the_whole_one(tmp_path, checkpoint):
     two, said = _run(script, checkpoint, tmp_path / "two.json", 2, UNSLOTH_EXT_FSDP2="1")
     assert two["sharded"] and not one["sharded"] and "read in parts" in said
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 2e-5
+
+
+TABLES = """
+import json, os, sys
+import unsloth_ext
+import unsloth
+import torch
+from transformers import LlamaConfig
+from unsloth.models.llama import LlamaRotaryEmbedding
+
+class OnCpu:  # their tables are for a card's number
+    device = staticmethod(lambda index: torch.device("cpu", index))
+    __getattr__ = lambda self, name: getattr(torch, name)
+
+llama = sys.modules[LlamaRotaryEmbedding.__module__]
+llama.torch, llama.DEVICE_COUNT = OnCpu(), 1
+
+def table(most, *asked):
+    rope = LlamaRotaryEmbedding(config=LlamaConfig(head_dim=16, max_position_embeddings=most))
+    rows, batch = [], type("", (), {"device": torch.device("cpu", 0), "dtype": torch.float32})
+    for rows_asked in asked:
+        rope.extend_rope_embedding(batch, most, rows_asked)
+        cos, sin = rope.get_cached(rows_asked, 0)
+        rows.append(len(cos))
+    return rows, cos, sin
+
+short, cos, sin = table(131072, 4096)
+grown, more, other = table(131072, 4096, 20000, 4096, 131072)
+same = torch.equal(cos, more[: len(cos)]) and torch.equal(sin, other[: len(sin)])
+state = [r.state for r in unsloth_ext.status() if r.id == "fsdp2.rotary_tables"]
+json.dump({"rows": short + grown + table(32768, 4096)[0], "same": same, "state": state}, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(find_spec("unsloth") is None, reason="needs Unsloth")
+def test_rotary_tables_have_the_rows_that_are_asked_for(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TABLES)
+    ranked = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    ours, _ = _run(script, "-", tmp_path / "ours.json", 1, UNSLOTH_EXT_FSDP2="1", **ranked)
+    assert ours["state"] == ["applied"] and ours["same"]
+    assert ours["rows"] == [
+        8192,
+        8192,
+        24576,
+        24576,
+        131072,
+        32768,
+    ]  # the last: decoding counts on all that such a model knows
+    alone, _ = _run(script, "-", tmp_path / "alone.json", 1, UNSLOTH_EXT_FSDP2="1")
+    off, _ = _run(script, "-", tmp_path / "off.json", 1, **ranked)
+    assert alone["rows"] == off["rows"] == [32768, 32768, 32768, 32768, 131072, 32768]

@@ -55,6 +55,7 @@ class EmbeddingRows:
         self.views: list[torch.Tensor] = []  # on a CPU: all ranks' rows
         self.table = torch.zeros(world, dtype=torch.int64, device=device)
         self.rows = rows.to(device)
+        self.size_here = max(rows.numel() * rows.itemsize, 256)  # the last ranks may have none
         embedding.weight = self.parameter()
 
     def parameter(self) -> nn.Parameter:
@@ -63,7 +64,7 @@ class EmbeddingRows:
 
     def move_in(self) -> None:
         size = self.rows.numel() * self.rows.itemsize
-        self.part = self.memory.allocate(max(size, 256))  # the last ranks may have none
+        self.part = self.memory.allocate(self.size_here)
         moved = self.part[:size].view(self.rows.dtype).view(self.rows.shape)
         self.rows = moved.copy_(self.rows)
         self.embedding.weight = self.parameter()  # the rows that were are free

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .nf4_parameter import NF4Shard
 from .row_shard import RowShard
 
-__all__ = ["base_state", "bytes_held", "gathered_bytes", "packed_state"]
+__all__ = ["base_state", "bytes_held", "gathered_bytes", "packed_state", "parts_held"]
 
 
 def bytes_held(model: nn.Module) -> dict[str, int]:
@@ -41,6 +41,40 @@ def bytes_held(model: nn.Module) -> dict[str, int]:
             local = local.rows if isinstance(local, RowShard) else local
             add("trainable" if parameter.requires_grad else "frozen", local)
     return held
+
+
+def parts_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """{"parameters", "optimizer", "ring", "rotary", "gradients"}: bytes on the model's device that a rank holds between two steps.
+
+    ring: what adapters are gathered through (ring_gather.py). rotary: Unsloth's tables. cuBLAS' workspaces are in no tensor: they are what
+    `torch.cuda.memory_allocated` loses by `torch._C._cuda_clearCublasWorkspaces()`.
+    """
+    ring = getattr(model, "_unsloth_ext_ring", None)
+    tables = [
+        table
+        for module in model.modules()
+        for name, tables in vars(module).items()
+        if name.startswith("multi_gpu_") and isinstance(tables, list)
+        for table in tables
+    ]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "parameters": sum(bytes_held(model).values()),
+        "optimizer": _bytes_of(states),
+        "ring": 0 if ring is None else ring.size_here,
+        "rotary": _bytes_of(tables),
+        "gradients": _bytes_of(parameter.grad for parameter in model.parameters()),
+    }
+
+
+def _bytes_of(values: Iterable) -> int:
+    """Of all tensors among them, each counted once."""
+    found = {}
+    for value in values:
+        value = value.to_local() if isinstance(value, DTensor) else value
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr()] = value.numel() * value.itemsize
+    return sum(found.values())
 
 
 def gathered_bytes(unit: nn.Module, taken: Iterable[nn.Parameter] = ()) -> int:

@@ -1,7 +1,7 @@
 """What the fsdp2 room changes at run time.
 
-fsdp2.native_generate, fsdp2.native_resume and fsdp2.native_resume_alone mend Unsloth's own FSDP2 (native_fixes.py). fsdp2.trainer and fsdp2.loading are out
-until the switch is on (switch.py). They change transformers, not Unsloth, and wrap methods from outside without a copy of their
+fsdp2.native_generate, fsdp2.native_resume and fsdp2.native_resume_alone mend Unsloth's own FSDP2 (native_fixes.py). fsdp2.trainer, fsdp2.loading and
+fsdp2.rotary_tables are out until the switch is on (switch.py). The first two change transformers, not Unsloth, and wrap methods from outside without a copy of their
 text, so they hold for every source that has these methods with these arguments.
 """
 
@@ -177,6 +177,31 @@ def _resume_alone(module, target):
     ]
 
 
+_ROWS = 8192  # Unsloth's tables grow by so many
+
+
+def _few_rows(original):
+    """A table begins with the rows that a forward asks for, and grows with what the next ones ask for; Unsloth's begins with 32768, 16
+    MiB where heads are 128 wide. Every reader asks first: for the batch's length or max_seq_length, or all that the model knows where
+    positions are given. Where the model knows no more than Unsloth's beginning, its decoding counts on the whole table.
+    """
+
+    @functools.wraps(original)
+    def _init_rope_cache_state(self, dtype):
+        original(self, dtype)
+        if switch.world_size() > 1 and self._rope_cache_floor < self.max_position_embeddings:
+            self._rope_cache_floor = self._rope_cache_needed = min(self._rope_cache_floor, _ROWS)
+
+    return _init_rope_cache_state
+
+
+_LLAMA = "unsloth.models.llama"
+
+
+def _asks(attribute: str, fingerprint: str) -> Target:
+    return Target(_LLAMA, attribute, ">=2026.10.9", (fingerprint,))
+
+
 PATCHES = (
     Patch(
         id="fsdp2.native_generate",
@@ -236,6 +261,26 @@ PATCHES = (
         targets=_wrapped("transformers.modeling_utils", "PreTrainedModel.from_pretrained"),
         changes=_loading_changes,
         run_time_only="it wraps transformers, of which there is no patch series",
+        switch=VARIABLE,
+    ),
+    Patch(
+        id="fsdp2.rotary_tables",
+        challenge="B",
+        summary="under torchrun rotary tables have the rows that are asked for: 4 MiB a card in place of 16 for Llama 3.1",
+        targets=(Target(_LLAMA, "_PerDeviceRopeCache._init_rope_cache_state", ">=2026.10.9", ("8e856009ef62edde",)),),
+        replace=_few_rows,
+        relies_on=(
+            _asks("_PerDeviceRopeCache._rope_cache_rows", "0d340cdeb128521a"),
+            _asks("_PerDeviceRopeCache._rope_cache_stale", "dfe56841c98cc340"),
+            _asks("_PerDeviceRopeCache._ensure_rope_cache", "fed40850388c3167"),
+            _asks("_PerDeviceRopeCache.get_cached", "11c7707d59df12d6"),
+            _asks("_PerDeviceRopeCache.extend_rope_embedding", "bb4616fabc1e8c04"),
+            _asks("LlamaModel_fast_forward", "0290956913cf0a15"),
+            _asks("LlamaAttention_fast_forward", "0a2feb1a6c52a652"),
+            _asks("LlamaAttention_fast_forward_inference", "2bfaa09525d7c134"),
+            _asks("_decode_rotary_seq_len", "9a3c4a2d8c2f4c25"),
+        ),
+        run_time_only="one card has the memory, and Unsloth has chosen to keep the positions it began with",
         switch=VARIABLE,
     ),
 )

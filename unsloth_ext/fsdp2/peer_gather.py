@@ -133,7 +133,8 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, others=
     """Gather these units by copies. A collective. None, or what stands against it on some rank: then nothing has changed.
 
     units: sharded NF4 weights by FSDP2 unit, in the same order on every rank. others: what else reads the ranks' memory, `EmbeddingRows`
-    and `RingGather`: each gets `memory`, allocates its `part` in `move_in()`, and is told of all ranks' in `read_from(addresses, rank)`.
+    and `RingGather`: each gets `memory`, allocates its `part` of `size_here` bytes in `move_in()`, and is told of all ranks' in
+    `read_from(addresses, rank)`.
     """
     rank, world = position(mesh)
     ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
@@ -174,7 +175,9 @@ def _connect(units, others, ranks: list[int], rank: int, memory, device: torch.d
     try:
         for one in others:
             one.memory = memory
-        for unit in (*(UnitGather(shards, len(ranks), memory) for shards in units), *others):
+        everything = [*(UnitGather(shards, len(ranks), memory) for shards in units), *others]
+        memory.expect([unit.size_here for unit in everything])
+        for unit in everything:
             made.append(unit)
             unit.move_in()
             offers.append(memory.offer(made[-1].part))

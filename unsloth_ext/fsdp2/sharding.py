@@ -83,6 +83,9 @@ def shard(
         have. "auto": by copies among CUDA cards that can, else by the collective.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
+    In a loop of one's own, `torch.autograd.set_multithreading_enabled(False)` before it runs backwards in the loop's thread, which
+    saves the second cuBLAS workspace (32 MiB on Hopper), as `Trainer.train` does under the switch.
+
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
     ranks disagree or one is missing. Nothing has been changed then, unless memory ran out. Where only "copies" are impossible,
     which is known last, the model is sharded when `UsageError` is raised, and gathers by the collective.
@@ -146,8 +149,10 @@ def shard(
     cut_4bit(model, rank, world, device)
     _move_rest(model, device)
     fully_shard(model, **options, ignored_params=kept_whole | ({rows.embedding.weight} if rows else set()))
-    ring = ring_for(layers, world, policy.param_dtype) if by_copies and all(waits for *_, waits in everyone) else None
-    if by_copies and world > 1 and not all(waits for *_, waits in everyone):
+    ring, waits = None, all(waits for *_, waits in everyone)
+    if by_copies and waits:
+        ring = ring_for(layers, world, policy.param_dtype, prefetching.layers_ahead(layers))
+    if by_copies and world > 1 and not waits:
         switch.say(
             "adapters are gathered by the collective, not by copies: the driver lets no stream wait for a number."
         )
@@ -156,6 +161,7 @@ def shard(
     if rows and hindrance:
         fully_shard(rows.embedding, **options)
         ends.insert(0, rows.embedding)
+    model._unsloth_ext_ring = ring if by_copies and not hindrance else None
     prefetching.arrange(model, layers, ends, by_copies and not hindrance)
     model._unsloth_ext_resident = kept_layers.keep(layers, residency, kept_whole)
     kept = (model._unsloth_ext_resident, ()) if reshard_after_forward else (layers, ends)

@@ -23,6 +23,7 @@ __all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "say_
 
 VARIABLE = "UNSLOTH_EXT_FSDP2"
 PATCHES = ("fsdp2.trainer", "fsdp2.loading")
+_WITH_UNSLOTH = ("fsdp2.rotary_tables",)  # which a run does without, too
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -35,6 +36,8 @@ class Settings:
     residency: layers that stay gathered from forward to backward, as in `shard`: "auto" (at most 5% of the card), "all", or a number
         of bytes; 0 for the least memory.
     sharded_load: from_pretrained of a 4-bit model reads each rank's part only. False: whole on every rank, then cut.
+    backward_in_caller: `Trainer.train` runs backwards in its own thread, which saves a cuBLAS workspace (32 MiB on Hopper). False: in
+        autograd's thread for the card, as without the switch.
     """
 
     reshard_after_forward: bool = True
@@ -43,9 +46,10 @@ class Settings:
     gather: str = "auto"
     mixed_precision: str | None = None
     sharded_load: bool = True
+    backward_in_caller: bool = True
 
     def __post_init__(self):
-        for name in ("reshard_after_forward", "cpu_offload", "sharded_load"):
+        for name in ("reshard_after_forward", "cpu_offload", "sharded_load", "backward_in_caller"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, got {value!r}")
         size = self.residency
@@ -118,7 +122,7 @@ def enable(**changes) -> Settings:
         known = ", ".join(field.name for field in fields(Settings))
         raise UsageError(f"enable() has no setting {', '.join(unknown)}", f"There are: {known}.")
     _enabled = replace(requested() or Settings(), **changes)
-    unsloth_ext.enable(*PATCHES)
+    unsloth_ext.enable(*PATCHES, *_WITH_UNSLOTH)
     for row in unsloth_ext.status():
         if row.id in PATCHES and row.state in ("failed", "skipped"):
             disable()
@@ -132,7 +136,7 @@ def disable() -> None:
 
     global _enabled
     _enabled = None
-    unsloth_ext.disable(*PATCHES)
+    unsloth_ext.disable(*PATCHES, *_WITH_UNSLOTH)
 
 
 def world_size() -> int:
