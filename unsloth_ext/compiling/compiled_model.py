@@ -156,10 +156,8 @@ def compile_model(
             own = model.forward
             compiled._undo = trace_input_gradients(model)
 
-            def step(model_forward, kwargs):
-                return model_forward(**kwargs)
-
-            compiled._replace(model, _step(model, inner, own, region(step, type(model).__name__), ledger, graphs))
+            run = region(_forward_of(own), type(model).__name__)
+            compiled._replace(model, _step(model, inner, own, run, ledger, graphs))
         else:
             regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
             for layer in layers:
@@ -184,6 +182,16 @@ def decoder(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.ModuleLis
             "Nothing was changed. torch.compile(layer.forward) on its layers may still work.",
         )
     return inner, layers
+
+
+def _forward_of(own: Callable) -> Callable:
+    """`own(**kwargs)` with `own` a global: Dynamo takes the numbers that it finds there, the widths and block sizes of all weights, for
+    constants. Those of an argument it makes symbols of, thirty a layer, and learns one by one that they are none."""
+    return types.FunctionType(_forward.__code__, {"__builtins__": __builtins__, "own": own}, _forward.__name__)
+
+
+def _forward(kwargs):
+    return own(**kwargs)  # noqa: F821
 
 
 def _own_code(function: Callable) -> Callable:
@@ -273,7 +281,7 @@ def _step(model, inner, own, compiled, ledger, graphs):
         kwargs["use_cache"] = False  # nobody reads it, and making it would be in the graph
         kwargs = _before_unsloth(inner.model, packed_arguments(kwargs))
         recorded = graphs.begin(kwargs)
-        output = _run(model, ledger, compiled[recorded], own, kwargs)
+        output = _run(model, ledger, compiled[recorded], kwargs)
         return recording.copied_out(output) if recorded else output
 
     return forward
