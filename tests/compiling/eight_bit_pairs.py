@@ -1,8 +1,13 @@
 """Two copies of the same parameters: one bitsandbytes steps by itself, the other goes together. Used on a CPU and on a card."""
 
+import io
+
+import pytest
 import torch
 
 from unsloth_ext.compiling.eight_bit_steps import step_together
+
+bnb = pytest.importorskip("bitsandbytes", minversion="0.50")
 
 # Multiples of 256 elements, in 8 bits from 4096 on; 33 x 255 and 5003 are none; 5 x 5 and 16 x 16 keep 32 bits.
 SHAPES = [
@@ -19,6 +24,17 @@ SHAPES = [
     (16, 272),
 ]
 TOGETHER = [0, 1, 3, 5, 6, 9, 10]
+
+KINDS = {
+    "AdamW8bit": lambda groups: bnb.optim.AdamW8bit(groups, lr=1e-2),
+    "Adam8bit": lambda groups: bnb.optim.Adam8bit(groups, lr=1e-2, betas=(0.8, 0.95)),
+    "Lion8bit": lambda groups: bnb.optim.Lion8bit(groups, lr=1e-2),
+    "Adagrad8bit": lambda groups: bnb.optim.Adagrad8bit(groups, lr=1e-2),
+    "RMSprop8bit": lambda groups: bnb.optim.RMSprop8bit(groups, lr=1e-2),
+    "SGD8bit": lambda groups: bnb.optim.SGD8bit(groups, lr=1e-2, momentum=0.9),
+    "AdamW": lambda groups: bnb.optim.AdamW(groups, lr=1e-2, optim_bits=8),  # what optim="adamw_8bit" makes
+}
+adamw = KINDS["AdamW8bit"]
 
 
 def parameters(device="cpu", dtype=torch.float32, shapes=SHAPES, seed=0):
@@ -50,16 +66,34 @@ def give_gradients(optimizers, step, without=()):
             p.grad = None if number in without else gradient.to(p.device, p.dtype, copy=True)
 
 
+def run(optimizers, steps, without=()):
+    for step in steps:
+        give_gradients(optimizers, step, without)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    return file
+
+
+def equal(a, b):
+    """Bit for bit: also where there is no number, and -0 is not 0."""
+    return torch.equal(*(x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+
+
 def assert_same(alone, together):
     """Parameters, gradients and all of the state, bit for bit."""
     for number, (p, q) in enumerate(zip(every(alone), every(together), strict=True)):
-        assert torch.equal(p, q), number
-        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), number
+        assert equal(p, q), number
+        assert (p.grad is None) == (q.grad is None) and (p.grad is None or equal(p.grad, q.grad)), number
         ours, theirs = together.state.get(q, {}), alone.state.get(p, {})
         assert list(ours) == list(theirs), number
         for key, value in theirs.items():
             if isinstance(value, torch.Tensor):
-                assert value.shape == ours[key].shape and torch.equal(value, ours[key]), (number, key)
+                assert value.shape == ours[key].shape and equal(value, ours[key]), (number, key)
             else:
                 assert value == ours[key], (number, key)
     assert len(together.state) == len(alone.state)

@@ -2,40 +2,33 @@
 
 import copy
 import gc
-import io
 import weakref
 
 import pytest
 import torch
-from eight_bit_pairs import SHAPES, TOGETHER, Counted, assert_same, every, give_gradients, pair, parameters
+from eight_bit_pairs import (
+    KINDS,
+    SHAPES,
+    TOGETHER,
+    Counted,
+    adamw,
+    assert_same,
+    bnb,
+    every,
+    give_gradients,
+    pair,
+    parameters,
+    run,
+    saved,
+)
 
 from unsloth_ext.compiling import step_together
 from unsloth_ext.compiling.eight_bit_steps import refusal
 from unsloth_ext.errors import Refused, UsageError
 
-bnb = pytest.importorskip("bitsandbytes", minversion="0.50")
-
-KINDS = {
-    "AdamW8bit": lambda groups: bnb.optim.AdamW8bit(groups, lr=1e-2),
-    "Adam8bit": lambda groups: bnb.optim.Adam8bit(groups, lr=1e-2, betas=(0.8, 0.95)),
-    "Lion8bit": lambda groups: bnb.optim.Lion8bit(groups, lr=1e-2),
-    "Adagrad8bit": lambda groups: bnb.optim.Adagrad8bit(groups, lr=1e-2),
-    "RMSprop8bit": lambda groups: bnb.optim.RMSprop8bit(groups, lr=1e-2),
-    "SGD8bit": lambda groups: bnb.optim.SGD8bit(groups, lr=1e-2, momentum=0.9),
-    "AdamW": lambda groups: bnb.optim.AdamW(groups, lr=1e-2, optim_bits=8),  # what optim="adamw_8bit" makes
-}
-adamw = KINDS["AdamW8bit"]
-
 
 def elements(numbers):
     return sum(torch.Size(SHAPES[n]).numel() for n in numbers)
-
-
-def run(optimizers, steps, without=()):
-    for step in steps:
-        give_gradients(optimizers, step, without)
-        for optimizer in optimizers:
-            optimizer.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,12 +141,6 @@ def test_a_gradient_scaler():
     assert both[1].state[every(both[1])[0]]["step"] == 3
 
 
-def saved(optimizer):
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    return file
-
-
 @pytest.mark.parametrize("first, second", [(0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("kind", ["AdamW8bit", "Lion8bit"])
 def test_a_checkpoint_goes_both_ways(kind, first, second):
@@ -191,26 +178,48 @@ def test_loading_in_the_middle_of_a_run(monkeypatch):
     assert_same(*both)
 
 
-def test_states_that_were_moved(monkeypatch):
-    """Replaced, or moved away and back: laid side by side again; what is not together at the moment goes by its own memory."""
+def cloned(key):
+    def change(optimizer, p):
+        optimizer.state[p][key] = optimizer.state[p][key].clone()
+
+    return change
+
+
+def in_a_storage_of_its_own(optimizer, p):
+    for key in ("state1", "state2", "absmax1", "absmax2"):  # at the same address as before
+        optimizer.state[p][key] = torch.from_numpy(optimizer.state[p][key].numpy())
+
+
+def parameter_elsewhere(optimizer, p):
+    p.data = p.data.clone()
+
+
+def on_top_of_another(optimizer, p):
+    if p is every(optimizer)[3]:  # of as many elements
+        p.data = every(optimizer)[0].data.view_as(p)
+
+
+@pytest.mark.parametrize("numbers", [(3,), (0, 10), TOGETHER])
+@pytest.mark.parametrize("change", [
+    cloned("state1"), cloned("state2"), cloned("absmax1"), cloned("absmax2"), cloned("qmap1"), cloned("qmap2"),
+    in_a_storage_of_its_own, parameter_elsewhere, on_top_of_another,
+])  # fmt: skip
+def test_what_was_moved(monkeypatch, change, numbers):
+    """States that were replaced are laid side by side again in the next step; no step reads where they were."""
     both = pair(adamw)
     run(both, range(2))
+    kept = [optimizer.state[every(optimizer)[3]]["state1"] for optimizer in both]
     for optimizer in both:
-        for number, p in enumerate(every(optimizer)):
-            state = optimizer.state[p]
-            for key in ("state1", "absmax1") if number % 2 else ("state2",):
-                if key in state:
-                    state[key] = state[key].clone()
-    run(both, [2])
-    assert_same(*both)
-    for optimizer in both:
-        for p in every(optimizer)[:4]:
-            p.data = p.data.clone()
+        for number in numbers:
+            change(optimizer, every(optimizer)[number])
     counted = Counted(monkeypatch)
-    give_gradients(both, 3)
-    assert len(counted.of(both[1].step)) == 5
-    both[0].step()
-    assert_same(*both)
+    for step in range(2, 4):
+        give_gradients(both, step)
+        both[0].step()
+        found = counted.of(both[1].step)
+        assert_same(*both)
+    assert len(found) == 5 + 2 * (change is on_top_of_another and 3 in numbers)
+    del kept
 
 
 def test_an_unbatched_step_at_any_time():
@@ -277,13 +286,14 @@ def test_memory_that_does_not_fit(what):
         assert_same(*found)
 
 
-def test_other_maps_go_alone():
+@pytest.mark.parametrize("before", [1, 3])
+def test_other_maps_go_alone(before):
     both = pair(adamw)
-    run(both, [0])
+    run(both, range(before))
     for optimizer in both:
         state = optimizer.state[every(optimizer)[3]]
         state["qmap1"] = state["qmap1"].flip(0).neg()
-    for step in range(1, 4):
+    for step in range(before, before + 3):
         run(both, [step])
         assert_same(*both)
 
@@ -294,7 +304,8 @@ def test_a_class_that_somebody_changes_later(monkeypatch):
     class Own(bnb.optim.AdamW8bit):
         pass
 
-    both, calls = pair(lambda groups: Own(groups, lr=1e-2)), []
+    both, calls = [Own(parameters(shapes=SHAPES[:2]), lr=1e-2) for _ in range(2)], []
+    step_together(both[1])
     run(both, range(2))
     original = Own.step
 
