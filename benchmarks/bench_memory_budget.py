@@ -68,12 +68,16 @@ def optimizer_of(parameters):
     return AdamW8bit(parameters, lr=1e-4)
 
 
-def timed(model, tokens, warm_up: int, steps: int) -> dict:
-    """One row's figures: an optimizer of its own, first loss, times and peak."""
+def timed(model, tokens, warm_up: int, steps: int, together: bool = False) -> dict:
+    """One row's figures: an optimizer of its own, first loss, times and peak. together: as this package's Trainers step it."""
     import torch
 
     cuda = tokens.is_cuda
     optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad])
+    if together and cuda:
+        from unsloth_ext.compiling import step_together
+
+        step_together(optimizer)
 
     def step():
         start = time.perf_counter()
@@ -178,7 +182,7 @@ def side(name: str, folder: Path, args) -> None:
                     p.grad = None
         budget = memory_budget(model, setting)
         try:
-            row = timed(model, tokens, args.warm_up, args.steps) | planned(budget)
+            row = timed(model, tokens, args.warm_up, args.steps, together=True) | planned(budget)
         except Exception as error:  # the next budget may do
             row = {"error": f"{type(error).__name__}: {error}"[:600], "plan": str(budget)}
         budget.remove()

@@ -59,3 +59,34 @@ def test_a_closure_is_refused():
     for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
         with pytest.raises(UsageError, match="no closure"):
             call()
+
+
+def _together(rank, world, whole, gradients):
+    import bitsandbytes as bnb
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from unsloth_ext.compiling import step_together
+    from unsloth_ext.fsdp2 import on_local_shards
+
+    mesh = init_device_mesh("cpu", (world,))
+    found = []
+    for arrange in (lambda o: o, step_together):
+        parameters = [torch.nn.Parameter(distribute_tensor(one, mesh, [Shard(0)])) for one in whole]
+        optimizer = arrange(on_local_shards(bnb.optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=256)))
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.to_local().detach() for p in parameters])
+    chunks = [len(chunk.members) for chunk in optimizer._unsloth_ext_together.chunks]
+    return *found, chunks
+
+
+def test_8_bit_steps_together_on_local_shards(ranks):
+    shapes = [(16, 64), (33, 5), (64, 16), (32, 32)]  # 512 elements a rank, but for the second
+    whole = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+    for alone, together, chunks in ranks(2, _together, whole=whole, gradients=gradients):
+        assert chunks == [3] and all(map(torch.equal, alone, together))

@@ -12,6 +12,7 @@ _WHERE = {
     "memory_budget": "memory_controller",
     "packed_arguments": "packed",
     "packed_attention": "attention",
+    "step_together": "eight_bit_steps",
     "use_packed_attention": "packed_transformers",
 }
 

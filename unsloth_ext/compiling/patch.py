@@ -4,6 +4,7 @@ from importlib import import_module
 
 from ..patching import Patch, SetAttribute, Target
 from .attention_patch import PATCHES as ATTENTION_PATCHES
+from .eight_bit_steps_patch import PATCHES as EIGHT_BIT_STEPS_PATCHES
 from .memory_patch import PATCHES as MEMORY_PATCHES
 from .packed_patch import PATCHES as PACKED_PATCHES
 from .projections_patch import PATCHES as PROJECTIONS_PATCHES
@@ -98,4 +99,5 @@ PATCHES = (
     *MEMORY_PATCHES,
     *PROJECTIONS_PATCHES,
     *ROPE_PATCHES,
+    *EIGHT_BIT_STEPS_PATCHES,
 )

@@ -11,19 +11,10 @@ import inspect
 import sys
 from importlib import import_module
 
-from ..patching import Patch, SetAttribute, Target
+from ..patching import ANY_SOURCE, Patch, SetAttribute, Target
 from . import switch
 from .switch import VARIABLE
 
-
-class _AnySource(tuple):
-    """Fingerprints of a definition that is called, never rewritten: what counts is checked by `_method`."""
-
-    def __contains__(self, found) -> bool:
-        return found is not None
-
-
-ANY_SOURCE = _AnySource(("any with these arguments",))
 # Method of Trainer -> (our function that wraps it, the first arguments that it must have).
 _TRAINER = {
     "__init__": ("trainer", "init", ("model", "args")),

@@ -18,6 +18,16 @@ from typing import Any
 _ABSENT = object()
 
 
+class _AnySource(tuple):
+    """Fingerprints of a definition that is called, never rewritten: what counts of it, the patch checks by itself."""
+
+    def __contains__(self, found) -> bool:
+        return found is not None
+
+
+ANY_SOURCE = _AnySource(("any with these arguments",))
+
+
 @dataclass(frozen=True)
 class Target:
     """A definition in Unsloth, e.g. `Target("unsloth_zoo.cpu.loader", "FastCPUModel.from_pretrained", ...)`.
