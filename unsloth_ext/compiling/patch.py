@@ -5,6 +5,7 @@ from importlib import import_module
 from ..patching import Patch, SetAttribute, Target
 from .attention_patch import PATCHES as ATTENTION_PATCHES
 from .memory_patch import PATCHES as MEMORY_PATCHES
+from .norms_patch import PATCHES as NORMS_PATCHES
 from .packed_patch import PATCHES as PACKED_PATCHES
 from .projections_patch import PATCHES as PROJECTIONS_PATCHES
 
@@ -96,4 +97,5 @@ PATCHES = (
     *PACKED_PATCHES,
     *MEMORY_PATCHES,
     *PROJECTIONS_PATCHES,
+    *NORMS_PATCHES,
 )
