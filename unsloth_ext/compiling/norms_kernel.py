@@ -73,13 +73,14 @@ def rms_norm_backward_kernel(
     x = tl.load(x_ptr + here + column, mask=inside, other=0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row)
+    if ADD:  # on its way while the row is summed
+        other = tl.load(other_ptr + here + column, mask=inside, other=0)
     normed = x * rstd
     scaled = dy * weight
     along = tl.sum(scaled * normed, axis=0)
     dx = rstd / WIDTH * (WIDTH * scaled - normed * along)
     if ADD:
-        other = tl.load(other_ptr + here + column, mask=inside, other=0).to(tl.float32)
-        dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32) + other
+        dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32) + other.to(tl.float32)
     tl.store(dx_ptr + here + column, dx, mask=inside)
 
 
