@@ -135,7 +135,7 @@ def compile_model(
         """(the region, with cuda_graphs the region recorded): each is compiled when it is first called."""
         if backend != "inductor":
             return (one_region(function, name, torch._dynamo.lookup_backend(backend)),)
-        kinds = {name: OPTIONS | (options or {})}
+        kinds = {name: OPTIONS | _fusing() | (options or {})}
         if cuda_graphs:
             kinds[f"{name}, recorded"] = kinds[name] | recording.OPTIONS
         return tuple(
@@ -192,6 +192,15 @@ def _forward_of(own: Callable) -> Callable:
 
 def _forward(kwargs):
     return own(**kwargs)  # noqa: F821
+
+
+def _fusing() -> dict[str, Any]:
+    """Inductor's option for norms that take the additions beside them along; nothing where somebody has set it."""
+    from torch._inductor import config
+
+    from .norms_fusion import ENTRY, pass_over_graphs
+
+    return {ENTRY: pass_over_graphs} if getattr(config, ENTRY) is None else {}
 
 
 def _own_code(function: Callable) -> Callable:

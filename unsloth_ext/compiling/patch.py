@@ -6,6 +6,7 @@ from ..patching import Patch, SetAttribute, Target
 from .attention_patch import PATCHES as ATTENTION_PATCHES
 from .eight_bit_steps_patch import PATCHES as EIGHT_BIT_STEPS_PATCHES
 from .memory_patch import PATCHES as MEMORY_PATCHES
+from .norms_patch import PATCHES as NORMS_PATCHES
 from .packed_patch import PATCHES as PACKED_PATCHES
 from .projections_patch import PATCHES as PROJECTIONS_PATCHES
 from .rope_patch import PATCHES as ROPE_PATCHES
@@ -100,4 +101,5 @@ PATCHES = (
     *PROJECTIONS_PATCHES,
     *ROPE_PATCHES,
     *EIGHT_BIT_STEPS_PATCHES,
+    *NORMS_PATCHES,
 )

@@ -19,7 +19,7 @@ _FASTER = {
 }  # compute capabilities: Hopper, measured on an H200, 4% of a whole step of the 8B shape (benchmarks/NOTES.md)
 
 
-def is_faster_here() -> bool:
+def is_hopper() -> bool:
     import torch
 
     cards = range(torch.cuda.device_count())
@@ -33,7 +33,7 @@ def is_faster_here() -> bool:
 def _side_by_side(module, target):
     if not module.TRACE_LORA_FUNCTIONS:  # torch before 2.11 runs them outside of the graph
         raise NotHere("this torch does not trace Unsloth's LoRA functions")
-    if not os.environ.get(_SWITCH) and not is_faster_here():
+    if not os.environ.get(_SWITCH) and not is_hopper():
         raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
     routes = {"LoRA_MLP": _mlp, "LoRA_QKV": _qkv, "LoRA_W": _linear}
     return [SetAttribute(module, name, _stand_in(getattr(module, name), of(module))) for name, of in routes.items()]

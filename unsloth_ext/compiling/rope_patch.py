@@ -10,7 +10,7 @@ import functools
 import os
 
 from ..patching import NotHere, Patch, SetAttribute, Target
-from .projections_patch import is_faster_here
+from .projections_patch import is_hopper
 
 _ROPE = "unsloth.kernels.rope_embedding"
 _SINCE = ">=2026.10.9"
@@ -18,7 +18,7 @@ _SWITCH = "UNSLOTH_EXT_TRACED_ROPE"
 
 
 def _traced(module, target):
-    if not os.environ.get(_SWITCH) and not is_faster_here():
+    if not os.environ.get(_SWITCH) and not is_hopper():
         raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
     return [SetAttribute(module, "fast_rope_embedding", _routed(module.fast_rope_embedding))]
 
