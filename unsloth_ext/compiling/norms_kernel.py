@@ -5,9 +5,10 @@ passes of their own those additions read and write rows that the norm has in its
 the sum and y; the sum once more), backward four instead of six (dy, x, the other gradient and the result; dx twice).
 
 The bits are those of the passes one by one, which is the condition for all that compares with Unsloth's kernel: one program a row, its
-block and its warps, which decide in what order the row's squares are summed, the same operations in the same order, and each thing
-that went through memory rounded as memory had it. Only 16-bit dtypes: where rounding to memory's dtype does nothing, the compiler could
-contract the backward's last product and the addition to one operation.
+block and its warps, which decide in what order the row's squares are summed, the same operations in the same order, contracted as there
+(`enable_fp_fusion`, whose default Triton 3.10 is to change), and each thing that went through memory rounded as memory had it. Only 16-bit
+dtypes: where rounding to memory's dtype does nothing, the compiler could contract the backward's last product and the addition to one
+operation.
 
 What is computed is arXiv 1910.07467, in fp32 as transformers' LlamaRMSNorm does.
 """
@@ -106,7 +107,8 @@ def rms_norm(x, beside, weight, eps, total, y, rstd) -> None:
         block, warps = _settings(width, x.device)
         add = beside is not None
         rms_norm_kernel[(rows,)](
-            x, beside if add else x, weight, total if add else y, y, rstd, eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=warps
+            x, beside if add else x, weight, total if add else y, y, rstd, eps, WIDTH=width, BLOCK=block, ADD=add,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -117,5 +119,6 @@ def rms_norm_backward(dy, x, weight, rstd, other, dx) -> None:
         block, warps = _settings(width, x.device)
         add = other is not None
         rms_norm_backward_kernel[(rows,)](
-            dy, x, weight, rstd, other if add else dy, dx, WIDTH=width, BLOCK=block, ADD=add, num_warps=warps
+            dy, x, weight, rstd, other if add else dy, dx, WIDTH=width, BLOCK=block, ADD=add,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
