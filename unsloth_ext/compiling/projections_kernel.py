@@ -1,7 +1,7 @@
 """SwiGLU for a card, with what of LoRA can be had of what it has in its registers: forward and backward.
 
-Forward: a program takes some rows and goes along them, so that h A^T of down stays in its registers and is written beside h: the next
-product reads both as one matrix, and h is neither read once more for A nor the result for B.
+Forward: a program takes some rows and goes along a part of them, so that its part of h A^T stays in its registers. The sum of the parts
+is written beside h: the next product reads both as one matrix, and h is neither read once more for A nor the result for B.
 
 Backward: Inductor would compute a concatenation of pointwise results by one kernel of the concatenation's size, whose halves each read all
 that both need, beside another kernel for h; here everything is read once, and written as columns of one matrix. The gradients of gate's and up's B and of down's A are
@@ -21,7 +21,7 @@ MOST_RANK = 64  # beyond, the sums would not stay in registers
 _BLOCK = 1024  # 8 elements a thread: 16 bytes a load
 _ROWS, _COLUMNS, _WARPS = 32, 64, 4  # rows of a step, columns of a program
 _PROGRAMS = 2048  # about; each split of the rows writes its sums
-_ALONG, _STAGES = 128, 4  # columns of a step of the forward, steps in shared memory
+_FORWARD = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 2}  # of a step of the forward
 _PTX = os.environ.get("TRITON_INTERPRET") != "1"
 
 
@@ -41,23 +41,24 @@ def swiglu_lora_kernel(
     e_ptr,  # [T, width], contiguous
     g_ptr,  # [T, width], contiguous
     a_ptr,  # [rank, width], contiguous
-    wide_ptr,  # [T, pitch]: h, then h A^T in `beside` columns
-    low_ptr,  # [T, rank], contiguous: h A^T once more
+    wide_ptr,  # [T, pitch]: h
+    sums_ptr,  # fp32 [splits, T, rank]: h A^T of each split's columns
     many,  # T
     width,
     pitch,
     rank,
-    beside,
+    share,  # columns of a split, a multiple of COLUMNS
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,  # at least the rank, and `beside`
+    RANK: tl.constexpr,  # at least the rank
     PTX: tl.constexpr,  # False in the interpreter
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    split = tl.program_id(1)
     dtype: tl.constexpr = wide_ptr.dtype.element_ty
     ranks = tl.arange(0, RANK)[None, :]
     low = tl.zeros((ROWS, RANK), tl.float32)
-    for start in range(0, width, COLUMNS):
+    for start in range(split * share, tl.minimum(split * share + share, width), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = (rows < many) & (columns[None, :] < width)
         here = rows * width + columns[None, :]
@@ -67,8 +68,32 @@ def swiglu_lora_kernel(
         h = ((_sigmoid(e, PTX) * e).to(dtype).to(tl.float32) * g).to(dtype)
         tl.store(wide_ptr + rows * pitch + columns[None, :], h, mask=inside)
         low = tl.dot(h, a, low)
-    tl.store(wide_ptr + rows * pitch + width + ranks, low.to(dtype), mask=(rows < many) & (ranks < beside))
-    tl.store(low_ptr + rows * rank + ranks, low.to(dtype), mask=(rows < many) & (ranks < rank))
+    tl.store(sums_ptr + (split.to(tl.int64) * many + rows) * rank + ranks, low, mask=(rows < many) & (ranks < rank))
+
+
+@triton.jit
+def low_kernel(
+    sums_ptr,  # fp32 [splits, T, rank]
+    wide_ptr,  # [T, pitch]: their sum from column `width` on, then zeros
+    low_ptr,  # [T, rank], contiguous: their sum
+    many,
+    width,
+    pitch,
+    rank,
+    splits,
+    beside,  # columns to write, the rank or more
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,  # at least `beside`
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    ranks = tl.arange(0, RANK)[None, :]
+    inside = (rows < many) & (ranks < rank)
+    low = tl.zeros((ROWS, RANK), tl.float32)
+    for split in range(splits):
+        low += tl.load(sums_ptr + (split * many + rows) * rank + ranks, mask=inside, other=0)
+    low = low.to(wide_ptr.dtype.element_ty)
+    tl.store(wide_ptr + rows * pitch + width + ranks, low, mask=(rows < many) & (ranks < beside))
+    tl.store(low_ptr + rows * rank + ranks, low, mask=inside)
 
 
 def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.Tensor, low: torch.Tensor) -> None:
@@ -76,19 +101,22 @@ def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.T
 
     wide: [T, I + rank or a few more], whose rows may be farther apart; low: [T, rank], contiguous. No rank may be above `MOST_RANK`.
     """
-    (rows, width), rank = e.shape, a.shape[0]
-    step = rows_for(rows)
-    if rows:
-        swiglu_lora_kernel[(triton.cdiv(rows, step),)](
-            e, g, a, wide, low, rows, width, wide.stride(0), rank, wide.shape[1] - width,
-            ROWS=step, COLUMNS=_ALONG, RANK=triton.next_power_of_2(max(16, wide.shape[1] - width)), PTX=_PTX,
-            num_warps=4, num_stages=_STAGES,
-        )  # fmt: skip
-
-
-def rows_for(rows: int) -> int:
-    """How many rows a program goes along: two programs for each multiprocessor of an H200, where there are enough rows."""
-    return next((step for step in (64, 32) if rows >= 200 * step), 16)
+    (rows, width), rank, beside = e.shape, a.shape[0], wide.shape[1] - e.shape[1]
+    if rows == 0:
+        return
+    blocks = triton.cdiv(rows, _FORWARD["ROWS"])
+    splits = max(1, min(triton.cdiv(width, _FORWARD["COLUMNS"]), _PROGRAMS // blocks))
+    share = triton.cdiv(triton.cdiv(width, splits), _FORWARD["COLUMNS"]) * _FORWARD["COLUMNS"]
+    splits = triton.cdiv(width, share)
+    sums = e.new_empty(splits, rows, rank, dtype=torch.float32)
+    swiglu_lora_kernel[(blocks, splits)](
+        e, g, a, wide, sums, rows, width, wide.stride(0), rank, share,
+        RANK=triton.next_power_of_2(max(16, rank)), PTX=_PTX, **_FORWARD,
+    )  # fmt: skip
+    low_kernel[(triton.cdiv(rows, _ROWS),)](
+        sums, wide, low, rows, width, wide.stride(0), rank, splits, beside,
+        ROWS=_ROWS, RANK=triton.next_power_of_2(max(16, beside)),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""`rope.rotate` for a card outside of a graph: what a compiled layer's uncompiled run (retrace.py) calls, with the graph's bits.
+"""`rope.rotate` for a card: some heads of a token a program.
 
-In fp32 the product of two 16-bit numbers is exact, so that the sum of two is rounded once, fused multiply-add or not: a kernel, Inductor's
-and plain torch's agree in every bit.
+In fp32 the product of two 16-bit numbers is exact, so that the sum of two is rounded once, fused multiply-add or not: the kernel and plain
+torch agree in every bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the room changes in Unsloth's rotary embedding: while a graph is traced, it is arithmetic in the graph (rope.py).
+"""What the room changes in Unsloth's rotary embedding: while a graph is traced, it is an operator of ours (rope.py).
 
-Outside of a trace, and for what `rope.refusal` names, it is Unsloth's own. On by itself on Hopper, where it was measured to be faster, with
-UNSLOTH_EXT_TRACED_ROPE=1 elsewhere.
+Outside of a trace, and for what `rope.refusal` names, it is Unsloth's own. On by itself on Hopper, where it was measured, with
+UNSLOTH_EXT_ROPE=1 elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .projections_patch import is_hopper
 
 _ROPE = "unsloth.kernels.rope_embedding"
 _SINCE = ">=2026.10.9"
-_SWITCH = "UNSLOTH_EXT_TRACED_ROPE"
+_SWITCH = "UNSLOTH_EXT_ROPE"
 
 
 def _traced(module, target):
@@ -43,7 +43,7 @@ PATCHES = (
     Patch(
         id="compiling.rope",
         challenge="C",
-        summary="in a compiled layer rotary embedding is arithmetic that other kernels take in: a pass less, and less to trace (by itself on Hopper)",
+        summary="in a compiled layer rotary embedding is an operator that is traced without a guard: a tenth less to trace (by itself on Hopper)",
         targets=(Target(_ROPE, "fast_rope_embedding", _SINCE, ("47ad74dc7976413c",)),),
         relies_on=(Target(_ROPE, "_rope_launch", _SINCE, ("729a3b36c790b633",)),),
         changes=_traced,
