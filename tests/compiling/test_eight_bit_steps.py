@@ -358,7 +358,7 @@ def test_what_is_refused(make, reason):
 def test_an_unknown_source_is_refused(monkeypatch):
     from unsloth_ext.compiling import eight_bit_steps
 
-    known = {**eight_bit_steps._KNOWN, "Optimizer8bit": eight_bit_steps._KNOWN["Optimizer8bit"] | {"step": "0" * 16}}
+    known = {**eight_bit_steps._KNOWN, "Optimizer8bit": eight_bit_steps._KNOWN["Optimizer8bit"] | {"step": ("0" * 16,)}}
     monkeypatch.setattr(eight_bit_steps, "_KNOWN", known)
     with pytest.raises(Refused, match=r"AdamW8bit.step is not the one of bitsandbytes 0\.50"):
         step_together(adamw(parameters()))

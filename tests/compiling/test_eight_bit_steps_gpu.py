@@ -25,6 +25,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_bytes", [64 << 20, 4 * 16384])
 def test_the_same_bits(kind, first, chunk_bytes):
+    if first == torch.bfloat16 and kind in ("Adagrad8bit", "RMSprop8bit", "SGD8bit"):
+        pytest.skip("bitsandbytes has no 32-bit kernel of this kind for bfloat16, which its small parameters need")
     both = pair(KINDS[kind], "cuda", (first, torch.float32), chunk_bytes=chunk_bytes)
     for step in range(5):
         run(both, [step])

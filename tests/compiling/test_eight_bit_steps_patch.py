@@ -134,3 +134,24 @@ def _root():
     from pathlib import Path
 
     return Path(__file__).parents[2]
+
+
+ZOO = """
+import unsloth_ext, unsloth, torch, bitsandbytes
+if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    torch._C._cuda_getCurrentRawStream = lambda index: 0  # a build without CUDA: only looked for
+from unsloth_zoo.temporary_patches import bitsandbytes_optimizer_sync as zoo
+zoo.patch_bitsandbytes_optimizer_step_sync()
+from unsloth_ext.compiling.eight_bit_steps import refusal
+optimizer = bitsandbytes.optim.AdamW8bit([torch.nn.Parameter(torch.zeros(4096))])
+step = bitsandbytes.optim.optimizer.Optimizer8bit.step
+while hasattr(step, "__wrapped__"):
+    step = step.__wrapped__
+assert step.__globals__["__name__"] == zoo.__name__, step.__globals__["__name__"]
+assert refusal(optimizer) is None, refusal(optimizer)
+"""
+
+
+@needs_unsloth
+def test_with_the_step_that_unsloth_zoo_has_on_a_card_it_is_taken(python):
+    python(ZOO)

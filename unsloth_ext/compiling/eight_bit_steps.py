@@ -39,15 +39,16 @@ __all__ = ["refusal", "step_together"]
 BLOCKSIZE = 256  # elements; bitsandbytes' blockwise optimizers know no other
 CHUNK_BYTES = 64 << 20
 
-# The sources that this reads the mind of, in bitsandbytes 0.50.0 to 0.50.2.
+# The sources that this reads the mind of, in bitsandbytes 0.50.0 to 0.50.2; and the step that unsloth_zoo has on a card in the place of
+# bitsandbytes', which is that without a wait for the card after each parameter.
 _KNOWN = {
     "Optimizer8bit": {
-        "step": "14bfedf7a74ad611",
-        "get_config": "ceac3d8a1eaa7049",
-        "prefetch_state": "71d37ba16ffa00a7",
+        "step": ("14bfedf7a74ad611", "fa1ab9956ac8ce37"),
+        "get_config": ("ceac3d8a1eaa7049",),
+        "prefetch_state": ("71d37ba16ffa00a7",),
     },
-    "Optimizer1State": {"init_state": "4adaa3540114176a", "update_step": "e54b3b8435df7b7b"},
-    "Optimizer2State": {"init_state": "9cb88c3b5588aea2", "update_step": "c710c70881f9f22a"},
+    "Optimizer1State": {"init_state": ("4adaa3540114176a",), "update_step": ("e54b3b8435df7b7b",)},
+    "Optimizer2State": {"init_state": ("9cb88c3b5588aea2",), "update_step": ("c710c70881f9f22a",)},
 }
 _METHODS = ("step", "get_config", "prefetch_state", "init_state", "update_step")
 _BLOCK_BY_BLOCK = {"adam", "adagrad", "lion", "momentum", "rmsprop"}  # optimizer_name; "adam" is AdamW too
@@ -138,7 +139,7 @@ def _unknown(cls: type, base: str) -> str:
     known = _KNOWN["Optimizer8bit"] | _KNOWN[base]
     for name in _METHODS:
         method = getattr(cls, name, None)
-        if of_object(method) != known[name]:
+        if of_object(method) not in known[name]:
             return f"{cls.__name__}.{name}"
         while (inner := getattr(method, "__wrapped__", None)) is not None:
             if (where := method.__globals__.get("__name__")) not in _WRAPPERS:
