@@ -101,3 +101,28 @@ def test_what_was_found_in_one_layer_is_not_taken_for_granted_in_another(compile
         assert_equal(trained(model, tokens, use_cache=False), expected)
         assert compiled_layers["compiled"] == 4, said(budget)  # three layers, the last one's graph twice
     assert {key[0] for key, script in budget.scripts.items() if script.outline} == {0, 1}
+
+
+def test_a_tensor_that_was_saved_the_other_way_round_is_found():
+    """A graph may save rows and columns exchanged; what the uncompiled run made is then compared, and put back, as it lies in memory."""
+    from unsloth_ext.compiling.retrace import match, placed
+
+    made = torch.randn(2, 4, 8)
+    square = torch.randn(8, 8)
+    for tensor, saved, wanted in (
+        (made, made.clone(), False),
+        (made, made.view(8, 8).t(), True),
+        (made.transpose(0, 1), made.view(8, 8), True),
+        (made, made.transpose(0, 1).contiguous(), None),
+        (square, square.t(), True),  # of the same shape
+        (square, square.t().contiguous(), None),
+        (square, square.t().contiguous().t(), False),  # equal, in another layout
+        (made[:, :2], made[:, :2].reshape(4, 8), None),  # not all next to each other
+        (made, made.double(), None),
+    ):
+        flat = match(tensor, saved)
+        assert flat is wanted
+        if flat is not None:
+            storage = placed(tensor, saved.shape, saved.stride(), saved.untyped_storage().nbytes(), flat)
+            restored = torch.empty(0).set_(storage, 0, saved.shape, saved.stride())
+            assert torch.equal(restored, saved) and storage.nbytes() == saved.untyped_storage().nbytes()

@@ -36,7 +36,7 @@ class Script:
     final: bool = True
     norms: dict[int, tuple[str, int | None]] = field(default_factory=dict)
     copies: dict[int, int] = field(default_factory=dict)
-    outline: dict[int, int] | None = None
+    outline: dict[int, tuple[int, bool]] | None = None
     mlp_input: int | None = None
     why: str = ""
     adapters: tuple[bool, ...] | None = None
@@ -193,10 +193,10 @@ def view(frame: Frame, index: int) -> Saved | None:
         return None
     stride, offset = frame.layouts[index]
     like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    return Saved(value, like) if offset == 0 and _dense(shape, stride) else None
+    return Saved(value, like) if offset == 0 and dense(shape, stride) else None
 
 
-def _dense(shape, stride) -> bool:
+def dense(shape, stride) -> bool:
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
         if step != expected:

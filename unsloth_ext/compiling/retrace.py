@@ -17,7 +17,7 @@ import torch
 
 from .as_traced import like_compiled
 from .recompute import Frame, Saved, Stop, Value, again
-from .recompute_recipes import Script, find_products, lasting, norm_functions, norm_recipe, view, whole
+from .recompute_recipes import Script, dense, find_products, lasting, norm_functions, norm_recipe, view, whole
 
 MLP_INPUT = -1  # stands for the index of a saved tensor
 
@@ -63,19 +63,19 @@ class Outline:
 
     def __init__(self, frame: Frame, script: Script, plain: Callable):
         self.plain, self.wanted = plain, {}
-        for event, index in script.outline.items():
+        for event, (index, flat) in script.outline.items():
             saved = view(frame, event)
-            self.wanted.setdefault(index, []).append((weakref.ref(saved.value), saved.shape, saved.stride))
+            self.wanted.setdefault(index, []).append((weakref.ref(saved.value), saved.shape, saved.stride, flat))
 
     def values(self):
-        return (ref for views in self.wanted.values() for ref, _, _ in views)
+        return (ref for views in self.wanted.values() for ref, *_ in views)
 
     def fill(self, frame: Frame, tensor: torch.Tensor) -> None:
         def take(index, made):
-            for ref, shape, stride in self.wanted.get(index, ()):
+            for ref, shape, stride, flat in self.wanted.get(index, ()):
                 value = ref()
                 if value is not None and value.storage is None and value.restored is None:
-                    value.restored = placed(made, shape, stride, value.nbytes)
+                    value.restored = placed(made, shape, stride, value.nbytes, flat)
 
         run = Retrace(frame.where, take)
         run.run(frame, tensor, self.plain)
@@ -83,26 +83,39 @@ class Outline:
             raise RuntimeError(f"{frame.where} did not come to its MLP when it was run again")
 
 
-def placed(made: torch.Tensor, shape, stride, nbytes: int) -> torch.UntypedStorage:
-    """The storage of `made`, or of a copy in the layout that was saved."""
-    made = made.detach().reshape(shape)
+def placed(made: torch.Tensor, shape, stride, nbytes: int, flat: bool) -> torch.UntypedStorage:
+    """The storage of `made`, or of a copy in the layout that was saved. flat: as `match` found it."""
+    made = made.detach()
+    if flat:
+        shape, stride, made = (made.numel(),), (1,), _in_memory(made)
     if made.stride() == stride and made.storage_offset() == 0 and made.untyped_storage().nbytes() == nbytes:
         return made.untyped_storage()
     return torch.empty_strided(shape, stride, dtype=made.dtype, device=made.device).copy_(made).untyped_storage()
 
 
-def alike(made: torch.Tensor, saved: torch.Tensor) -> bool:
+def match(made: torch.Tensor, saved: torch.Tensor) -> bool | None:
+    """Whether two tensors are equal: False where they are by index, True where they are in the order of memory alone (a graph may save
+    what it read as rows and columns the other way round), None where they are not."""
     if made.dtype != saved.dtype or made.numel() != saved.numel():
+        return None
+    if made.shape == saved.shape and torch.equal(made, saved):
         return False
-    if made.shape == saved.shape:
-        return torch.equal(made, saved)
-    return made.is_contiguous() and saved.is_contiguous() and torch.equal(made.reshape(-1), saved.reshape(-1))
+    made, saved = _in_memory(made), _in_memory(saved)
+    return True if made is not None and saved is not None and torch.equal(made, saved) else None
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Its elements as they lie in memory, or None where they are not all next to each other."""
+    if not dense(tensor.shape, tensor.stride()):
+        return None
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def mlp_input(layer: torch.nn.Module, frame: Frame, script: Script) -> Saved | None:
     """The MLP's input: what the graph saved, or a norm of something that it saved, computed when it is wanted."""
-    if script.mlp_input is not None:
-        return view(frame, script.mlp_input)
+    if script.mlp_input is not None:  # contiguous in memory, whatever view of it was saved
+        saved = view(frame, script.mlp_input)
+        return Saved(saved.value, torch.empty(frame.input.shape, dtype=saved.dtype, device="meta"))
     if script.norm is None:
         return None
     name, event = script.norm
@@ -118,7 +131,7 @@ def _norm_of(layer: torch.nn.Module, frame: Frame, wanted: torch.Tensor) -> tupl
     for event, handle in handles:
         if handle.shape.numel() == wanted.numel() and handle.dtype == wanted.dtype:
             for name, norm in norm_functions(layer).items():
-                if alike(norm(handle.tensor().view(wanted.shape)), wanted):
+                if match(norm(handle.tensor().view(wanted.shape)), wanted) is not None:
                     fits.append((name, event, handle.value))
     return lasting(layer, fits)
 
@@ -142,10 +155,11 @@ def look(
             values.add(saved.value)
             tensor = saved.tensor()
             # From the back: the MLP's input first, which a norm may have saved too.
-            index = next((i for i in sorted(seen, key=lambda i: (i >= 0, -i)) if alike(seen[i], tensor)), None)
+            found = ((i, match(seen[i], tensor)) for i in sorted(seen, key=lambda i: (i >= 0, -i)))
+            index, flat = next((one for one in found if one[1] is not None), (None, None))
             if index is not None:
-                outline[event] = index
-                if index == MLP_INPUT:
+                outline[event] = index, flat
+                if index == MLP_INPUT and seen[index].is_contiguous() and (flat or tensor.is_contiguous()):
                     script.mlp_input = event
             elif saved.value.nbytes > frame.input.value.nbytes // 8:  # less than that is kept
                 left.append(f"{tuple(saved.shape)} {saved.dtype}")
@@ -178,8 +192,11 @@ def _confirm(script: Script, layer, frame: Frame, mlp, intermediate: int, plain:
     with torch.no_grad():
         if pattern.outline is not None:
             seen = _uncompiled_run(script, frame, plain)
-            pairs = ((seen.get(index), view(frame, event)) for event, index in pattern.outline.items())
-            if all(made is not None and saved is not None and alike(made, saved.tensor()) for made, saved in pairs):
+            pairs = ((seen.get(index), view(frame, event), flat) for event, (index, flat) in pattern.outline.items())
+            if all(
+                made is not None and saved is not None and match(made, saved.tensor()) is flat
+                for made, saved, flat in pairs
+            ):
                 script.outline = pattern.outline
             else:
                 script.why += "the uncompiled forward saves other bits than in another layer of its kind; "
