@@ -1,5 +1,6 @@
 """compile_model on plain transformers + peft + bitsandbytes, on a CPU: the uncompiled numbers, few graphs, no break."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -220,3 +221,39 @@ def test_loss_errors_are_the_models_own():
     compile_model(model, backend="eager")
     with pytest.raises(IndexError):
         model(input_ids=torch.full((1, 4), models.VOCABULARY + 5))
+
+
+def test_an_operator_that_cannot_be_lowered_is_described_in_short():
+    """Inductor's own words for it hold all that its arguments are computed from, and double with each operator that reads two: compiling
+    a step of 4 layers had no end on torch 2.11, which also writes them when it meets somebody else's operator."""
+    from torch._inductor import lowering
+
+    from unsloth_ext.compiling.compiled_model import _settings
+
+    library = torch.library.Library("unsloth_ext_test", "FRAGMENT")
+    for name in ("joined", "not_lowered"):
+        library.define(f"{name}(Tensor x, Tensor y) -> Tensor")
+        library.impl(name, torch.add, "CPU")
+        torch.library.register_fake(f"unsloth_ext_test::{name}", lambda x, y: torch.empty_like(x), lib=library)
+
+    def fail(x, y):
+        raise NotImplementedError("on purpose")
+
+    def deep(x):
+        for _ in range(12):
+            x = torch.ops.unsloth_ext_test.joined(x, x)
+        return torch.ops.unsloth_ext_test.not_lowered(x, x)
+
+    operator = torch.ops.unsloth_ext_test.not_lowered.default
+    lowering.lowerings[operator] = fail
+    try:
+        lengths = []
+        for settings in (_settings, nullcontext):
+            torch._dynamo.reset()
+            with settings(), pytest.raises(Exception, match="on purpose") as caught:
+                torch.compile(deep)(torch.ones(4, 4))
+            lengths.append(len(str(caught.value)))
+    finally:
+        del lowering.lowerings[operator]
+        library._destroy()
+    assert lengths[0] < 4000 < 100_000 < lengths[1], lengths  # else Inductor has mended it, and ours can go

@@ -7,6 +7,8 @@ method's `self` or a hook's first argument is the module.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 
 from ..errors import UnslothExtError
@@ -26,6 +28,38 @@ def compiler_errors() -> tuple[type[BaseException], ...]:
     exc = torch._dynamo.exc
     found = [exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", None)]
     return tuple(kind for kind in found if kind is not None)
+
+
+@contextmanager
+def short_operators():
+    """In this scope Inductor describes an operator's arguments by dtype and size.
+
+    It would describe each by all that it is computed from, an operator of several arguments by all of them, so that the text grows tenfold
+    with each decoder layer whose norms do the residual additions: for the loss at the end it has no end. Inductor writes it when an
+    operator cannot be lowered, and until torch 2.13 also when it meets one of somebody else's for the first time, for a log.
+    """
+    from torch._inductor.exc import OperatorIssue
+
+    own = OperatorIssue.__dict__["operator_str"]
+    if own.__func__ is _in_short:  # another thread's scope
+        yield
+        return
+    OperatorIssue.operator_str = staticmethod(_in_short)
+    try:
+        yield
+    finally:
+        OperatorIssue.operator_str = own
+
+
+def _in_short(target, args, kwargs) -> str:
+    def of(value):
+        try:
+            return f"{type(value).__name__}({value.get_dtype()}, {list(value.get_size())})"
+        except Exception:  # no tensor
+            return type(value).__name__ if hasattr(value, "data") else repr(value)[:80]
+
+    lines = [f"target: {target}", *(f"args[{i}]: {of(value)}" for i, value in enumerate(args))]
+    return "\n".join(f"  {line}" for line in [*lines, *(f"{name}: {of(value)}" for name, value in kwargs.items())])
 
 
 def explain(error: BaseException, root: torch.nn.Module, limit: int) -> CompileError:

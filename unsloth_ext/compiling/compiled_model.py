@@ -26,7 +26,7 @@ import torch
 
 from ..errors import Refused, UsageError
 from . import cuda_graphs as recording
-from .compile_failure import compiler_errors, explain
+from .compile_failure import compiler_errors, explain, short_operators
 from .compile_report import CompileReport, Ledger
 from .constant_outputs import constants_among_outputs
 from .input_gradients import trace_input_gradients
@@ -236,6 +236,7 @@ def _settings():
         return
     with (
         constants_among_outputs(),
+        short_operators(),
         # Else two sizes that are equal by chance, a head's width and the batch's length, are one symbol.
         torch.fx.experimental._config.patch(use_duck_shape=False),
         torch._dynamo.config.patch(
