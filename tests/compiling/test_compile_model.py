@@ -1,5 +1,8 @@
 """compile_model on plain transformers + peft + bitsandbytes, on a CPU: the uncompiled numbers, few graphs, no break."""
 
+import gc
+import time
+import weakref
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -235,17 +238,21 @@ def test_an_operator_that_cannot_be_lowered_is_described_in_short():
         library.define(f"{name}(Tensor x, Tensor y) -> Tensor")
         library.impl(name, torch.add, "CPU")
         torch.library.register_fake(f"unsloth_ext_test::{name}", lambda x, y: torch.empty_like(x), lib=library)
+    library.define("many_not_lowered(Tensor[] x) -> Tensor")
+    library.impl("many_not_lowered", lambda x: x[0] + 1, "CPU")
+    torch.library.register_fake("unsloth_ext_test::many_not_lowered", lambda x: torch.empty_like(x[0]), lib=library)
 
-    def fail(x, y):
+    def fail(*args):
         raise NotImplementedError("on purpose")
 
-    def deep(x):
+    def deep(x, last=lambda x: torch.ops.unsloth_ext_test.not_lowered(x, x)):
         for _ in range(12):
             x = torch.ops.unsloth_ext_test.joined(x, x)
-        return torch.ops.unsloth_ext_test.not_lowered(x, x)
+        return last(x)
 
-    operator = torch.ops.unsloth_ext_test.not_lowered.default
-    lowering.lowerings[operator] = fail
+    names = torch.ops.unsloth_ext_test
+    operators = names.not_lowered.default, names.many_not_lowered.default
+    lowering.lowerings |= dict.fromkeys(operators, fail)
     try:
         lengths = []
         for settings in (_settings, nullcontext):
@@ -253,7 +260,30 @@ def test_an_operator_that_cannot_be_lowered_is_described_in_short():
             with settings(), pytest.raises(Exception, match="on purpose") as caught:
                 torch.compile(deep)(torch.ones(4, 4))
             lengths.append(len(str(caught.value)))
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        with _settings(), pytest.raises(Exception, match="on purpose") as caught:
+            torch.compile(lambda x: names.many_not_lowered([deep(x, lambda x: x) + 1, x]))(torch.ones(4, 4))
+        assert len(str(caught.value)) < 4000 and time.perf_counter() - start < 60
     finally:
-        del lowering.lowerings[operator]
+        for operator in operators:
+            del lowering.lowerings[operator]
         library._destroy()
     assert lengths[0] < 4000 < 100_000 < lengths[1], lengths  # else Inductor has mended it, and ours can go
+
+
+@pytest.mark.parametrize("scope", ["block", "step"])
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_model_is_freed(scope, restored):
+    model = models.make(layers=1, four_bit=False)
+    compiled = compile_model(model, scope=scope, backend="eager")
+    for length in (5, 5):
+        ids = torch.randint(10, (2, length))
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert compiled.report().graphs == 1  # the second call finds the first one's
+    if restored:
+        compiled.restore()
+    gone = weakref.ref(model), weakref.ref(next(model.parameters()))
+    del model, compiled
+    gc.collect()
+    assert [one() for one in gone] == [None, None]

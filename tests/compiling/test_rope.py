@@ -35,11 +35,12 @@ def exact(x, cos, sin, positions):
 
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_values_and_gradients(dtype, positions, transposed):
+@pytest.mark.parametrize(
+    "memory", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1)]
+)  # the last: what makes K^T gives its gradient so
+def test_values_and_gradients(dtype, positions, memory):
     x, cos, sin, at = case(dtype, positions=positions)
-    if transposed:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    x = x.permute(memory).contiguous().permute([memory.index(i) for i in range(4)])
     x.requires_grad_()
     out, wanted = rotate(x, cos, sin, at), exact(x, cos, sin, at)
     assert out.dtype == dtype and out.is_contiguous()
@@ -82,8 +83,21 @@ def test_refusals():
     q = q.transpose(1, 2)
     assert refusal(q, q, cos, sin) == ""
     assert refusal(q, q, cos.float(), sin) == refusal(q.float(), q.float(), cos, sin) == "not all of one 16-bit dtype"
-    assert refusal(*(one.to("meta") for one in (q, q, cos, sin))) == "on another kind of device"
+    assert refusal(*(one.to("meta") for one in (q, q, cos, sin))) == "on another kind of device, or on several"
+    assert refusal(q, q, cos.to("meta"), sin) == "on another kind of device, or on several"
     assert refusal(q[..., 1:], q, cos, sin) == refusal(q, q, cos[None], sin) == "of other shapes"
+
+
+def test_a_compiled_backward_of_attention_that_makes_k_transposed():
+    x, cos, sin, _ = case(torch.bfloat16)
+    k, q = x.transpose(1, 2).contiguous().requires_grad_(), torch.randn(2, 4, 19, 32).bfloat16()
+
+    def scores(k):
+        return q @ rotate(k.transpose(1, 2), cos, sin).transpose(1, 2).transpose(-1, -2)
+
+    torch._dynamo.reset()
+    grads = [torch.autograd.grad(f(k).sum(), k)[0] for f in (torch.compile(scores, fullgraph=True), scores)]
+    torch.testing.assert_close(*grads, rtol=2**-6, atol=2**-6)
 
 
 def test_the_route():

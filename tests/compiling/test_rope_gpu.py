@@ -27,3 +27,11 @@ def test_kernel_and_graph(dtype, positions, batch, length, heads, width):
     plain = _rotate(x, cos, sin, at, False), _rotate(outer, cos, sin, at, True)
     assert all(torch.equal(a, b) for a, b in zip(found[0], plain, strict=True))
     torch.testing.assert_close(found[0][0].double().cpu(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_bad_input():
+    x, cos, sin, at = (one.cuda() for one in case(torch.bfloat16, positions=True))
+    with pytest.raises(ValueError, match="the tables have 5 rows, and 19 positions are asked for"):
+        rotate(x, cos[:5], sin, None)
+    with pytest.raises(ValueError, match="positions must be one for each of 38 tokens, got 19"):
+        rotate(x, cos, sin, at[:19])

@@ -7,6 +7,8 @@ method's `self` or a hook's first argument is the module.
 
 from __future__ import annotations
 
+import threading
+import types
 from contextlib import contextmanager
 
 import torch
@@ -40,23 +42,34 @@ def short_operators():
     """
     from torch._inductor.exc import OperatorIssue
 
-    own = OperatorIssue.__dict__["operator_str"]
-    if own.__func__ is _in_short:  # another thread's scope
-        yield
-        return
-    OperatorIssue.operator_str = staticmethod(_in_short)
+    with _scopes.lock:
+        _scopes.count += 1
+        if _scopes.count == 1:
+            _scopes.original = vars(OperatorIssue).get("operator_str")
+            if isinstance(_scopes.original, staticmethod):  # as in all versions known
+                OperatorIssue.operator_str = staticmethod(_in_short)
     try:
         yield
     finally:
-        OperatorIssue.operator_str = own
+        with _scopes.lock:
+            _scopes.count -= 1
+            if _scopes.count == 0 and isinstance(_scopes.original, staticmethod):
+                OperatorIssue.operator_str = _scopes.original
+
+
+_scopes = types.SimpleNamespace(lock=threading.Lock(), count=0, original=None)  # of all threads
 
 
 def _in_short(target, args, kwargs) -> str:
     def of(value):
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(of, value[:8]))}{', ...' if len(value) > 8 else ''}]"
+        if value is None or isinstance(value, (int, float, bool, str, torch.dtype, torch.device)):
+            return repr(value)
         try:
             return f"{type(value).__name__}({value.get_dtype()}, {list(value.get_size())})"
-        except Exception:  # no tensor
-            return type(value).__name__ if hasattr(value, "data") else repr(value)[:80]
+        except Exception:  # no tensor: its own words may be as long
+            return type(value).__name__
 
     lines = [f"target: {target}", *(f"args[{i}]: {of(value)}" for i, value in enumerate(args))]
     return "\n".join(f"  {line}" for line in [*lines, *(f"{name}: {of(value)}" for name, value in kwargs.items())])

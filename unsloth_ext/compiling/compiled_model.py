@@ -156,8 +156,9 @@ def compile_model(
             own = model.forward
             compiled._undo = trace_input_gradients(model)
 
-            run = region(_forward_of(own), type(model).__name__)
-            compiled._replace(model, _step(model, inner, own, run, ledger, graphs))
+            named = _Named()
+            run = region(named.forward, type(model).__name__)
+            compiled._replace(model, _step(model, inner, own, named, run, ledger, graphs))
         else:
             regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
             for layer in layers:
@@ -184,10 +185,29 @@ def decoder(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.ModuleLis
     return inner, layers
 
 
-def _forward_of(own: Callable) -> Callable:
-    """`own(**kwargs)` with `own` a global: Dynamo takes the numbers that it finds there, the widths and block sizes of all weights, for
-    constants. Those of an argument it makes symbols of, thirty a layer, and learns one by one that they are none."""
-    return types.FunctionType(_forward.__code__, {"__builtins__": __builtins__, "own": own}, _forward.__name__)
+class _Named:
+    """`forward(kwargs)` calls a model's forward by a global's name: Dynamo takes the numbers that it finds there, the widths and block sizes
+    of all weights, for constants. Those of an argument it makes symbols of, thirty a layer, and learns one by one that they are none.
+
+    The name is there during a call alone: Dynamo's guards keep the globals for as long as there is code, and the model would stay with them.
+    """
+
+    def __init__(self):
+        self._names, self._lock, self._calls = {"__builtins__": __builtins__}, threading.Lock(), 0
+        self.forward = types.FunctionType(_forward.__code__, self._names, _forward.__name__)
+
+    @contextmanager
+    def of(self, own: Callable):
+        with self._lock:
+            self._calls += 1
+            self._names["own"] = own
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self._names.pop("own", None)
 
 
 def _forward(kwargs):
@@ -279,7 +299,7 @@ def _why_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _step(model, inner, own, compiled, ledger, graphs):
+def _step(model, inner, own, named, compiled, ledger, graphs):
     names = list(_parameters(own))
 
     def forward(*args, **kwargs):
@@ -291,7 +311,8 @@ def _step(model, inner, own, compiled, ledger, graphs):
         kwargs["use_cache"] = False  # nobody reads it, and making it would be in the graph
         kwargs = _before_unsloth(inner.model, packed_arguments(kwargs))
         recorded = graphs.begin(kwargs)
-        output = _run(model, ledger, compiled[recorded], kwargs)
+        with named.of(own):
+            output = _run(model, ledger, compiled[recorded], kwargs)
         return recording.copied_out(output) if recorded else output
 
     return forward

@@ -29,7 +29,7 @@ def rotate(
 
     cos, sin: tables [at least the positions asked for, D or D / 2], of which the first half of the columns is read.
     positions: [B * S] or [B, S] integers, a table's row for each token; None: token i of each row has row i.
-    Returns a new contiguous [B, S, H, D] of x's dtype. D must be even.
+    Returns a new contiguous [B, S, H, D] of x's dtype. D must be even. Raises ValueError for too few rows or another number of positions.
     """
     return torch.ops.unsloth_ext.rotate(x, cos, sin, positions, False)
 
@@ -38,8 +38,8 @@ def refusal(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     """Why these, q and k [B, H, S, D], cannot be rotated by `rotate`, in a few words; "" where they can."""
     if not (q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in (torch.float16, torch.bfloat16)):
         return "not all of one 16-bit dtype"  # Unsloth rounds where the tables are wider
-    if q.device.type not in ("cuda", "cpu"):
-        return "on another kind of device"
+    if q.device.type not in ("cuda", "cpu") or not (q.device == k.device == cos.device == sin.device):
+        return "on another kind of device, or on several"
     if cos.dim() != 2 or sin.dim() != 2 or q.dim() != 4 or q.shape[-1] % 2:
         return "of other shapes"
     return ""
@@ -53,7 +53,10 @@ def _rotate(x, cos, sin, positions, back):
         cos, sin = (table[positions, :half].view(x.shape[0], x.shape[1], 1, half) for table in (cos, sin))
     cos, sin = cos.float(), -sin.float() if back else sin.float()
     left, right = x[..., :half].float(), x[..., half:].float()
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
+    out = x.new_empty(x.shape)  # contiguous: a concatenation would be laid out like its parts
+    out[..., :half] = left * cos - right * sin
+    out[..., half:] = right * cos + left * sin
+    return out
 
 
 def _setup_context(ctx, inputs, output):
@@ -67,10 +70,16 @@ def _backward(ctx, gradient):
 
 
 def _rotate_on_card(x, cos, sin, positions, back):
-    if x.stride(-1) != 1 or cos.stride(-1) != 1 or sin.stride(-1) != 1:
-        return _rotate(x, cos, sin, positions, back)
     from . import rope_kernel
 
+    tokens = x.shape[0] * x.shape[1]
+    if positions is None and min(cos.shape[0], sin.shape[0]) < x.shape[1]:
+        raise ValueError(
+            f"the tables have {min(cos.shape[0], sin.shape[0])} rows, and {x.shape[1]} positions are asked for"
+        )
+    if positions is not None and positions.numel() != tokens:
+        raise ValueError(f"positions must be one for each of {tokens} tokens, got {positions.numel()}")
+    x, cos, sin = (one if one.stride(-1) == 1 else one.contiguous() for one in (x, cos, sin))
     with torch.cuda.device(x.device):
         return rope_kernel.rotate(x, cos, sin, None if positions is None else positions.contiguous(), back)
 

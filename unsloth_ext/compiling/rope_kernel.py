@@ -35,7 +35,7 @@ def rotate_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // length, token % length
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads) & (column < half)
     row = tl.load(positions_ptr + token).to(tl.int64) if POSITIONS else position

@@ -32,7 +32,8 @@ def _routed(original):
         if as_traced():
             tables = cos.squeeze(), sin.squeeze()
             if not refusal(Q, K, *tables):
-                at = None if rope_embedding_indices is None else rope_embedding_indices.reshape(-1)
+                at = rope_embedding_indices
+                at = None if at is None else at.reshape(-1).to(Q.device)
                 return tuple(rotate(x.transpose(1, 2), *tables, at).transpose(1, 2) for x in (Q, K))
         return original(Q, K, cos, sin, rope_embedding_indices)
 
