@@ -339,3 +339,10 @@ def test_host_memory_is_bounded():
     plan = smallest(costs, 8, host_memory=0)
     assert plan.host == 0
     assert memory_amount.host_memory_free() > 0
+
+
+def test_norms_of_each_other_are_no_recipes():
+    from unsloth_ext.compiling.recompute_recipes import without_cycles
+
+    norms = {1: ("a", None), 2: ("a", 1), 3: ("b", 4), 4: ("b", 3), 5: ("b", 3), 6: ("a", 9), 7: ("a", 7)}
+    assert without_cycles(norms) == {1: ("a", None), 2: ("a", 1), 6: ("a", 9)}

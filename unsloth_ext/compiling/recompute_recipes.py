@@ -263,6 +263,7 @@ def examine(
                 script.norm = fit
             elif fit is not None:
                 script.norms[index] = fit
+        script.norms = without_cycles(script.norms)
         _find_copies(script, frame, wanted, pattern)
         if inner is not None and mlp is not None:
             find_products(script, mlp, inner, pattern)
@@ -277,6 +278,20 @@ def lasting(layer: torch.nn.Module, fits: list) -> tuple[str, int | None] | None
     if not fits or len({value for _, _, value in fits}) > 1 or len(modules) > 1 and trained_norms:
         return None
     return fits[0][:2]
+
+
+def without_cycles(norms: dict[int, tuple[str, int | None]]) -> dict[int, tuple[str, int | None]]:
+    """Those that end at something else. A norm whose weights are ones gives back what has been normed already, so that two copies of
+    its result look like norms of each other."""
+
+    def ends(index):
+        seen = set()
+        while index in norms and index not in seen:
+            seen.add(index)
+            index = norms[index][1]
+        return index not in seen
+
+    return {index: fit for index, fit in norms.items() if ends(index)}
 
 
 def _find_copies(script: Script, frame: Frame, wanted: list, pattern: Script | None) -> None:
