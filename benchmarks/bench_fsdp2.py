@@ -39,6 +39,7 @@ SIDES = {
     "ours": "UNSLOTH_EXT_FSDP2=1, Unsloth's model read in slices",
     "ours-lean": "the same, nothing kept gathered (residency=0)",
     "ours-collective": "the same, gathered by NCCL (gather=collective)",
+    "ours-caller": "the same, backwards in the thread that trains (backward_in_caller)",
     "ours-sliced": "unsloth_ext's load and shard, plain transformers and peft",
     "ours-whole": "unsloth_ext's shard, on Unsloth's model loaded whole",
 }
@@ -46,6 +47,7 @@ SWITCHED = {  # UNSLOTH_EXT_FSDP2 of these sides
     "ours": "residency={residency}",
     "ours-lean": "residency=0",
     "ours-collective": "residency={residency},gather=collective",
+    "ours-caller": "residency={residency},backward_in_caller",
 }
 UPSTREAM = ("upstream-auto", "upstream-sharded")
 PLAIN = ("accelerate", "ours-sliced")  # without Unsloth
