@@ -10,14 +10,9 @@ from torch import nn
 
 from .held import gathered_bytes
 
-__all__ = ["arrange", "first_layer_first", "layers_ahead"]
+__all__ = ["arrange", "first_layer_first"]
 
 _AHEAD = 256 << 20  # bytes of a gathered layer up to which a second one is gathered ahead
-
-
-def layers_ahead(layers: list[nn.Module]) -> int:
-    """How many of these sharded layers are gathered ahead of the one that runs."""
-    return 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
 
 
 def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module], by_copies: bool = False) -> None:
@@ -29,7 +24,7 @@ def arrange(model: nn.Module, layers: list[nn.Module], ends: list[nn.Module], by
     embedding asks for the first layers, the last layer for the head. The embedding itself is the first thing that a step asks for: it
     is as large as several layers, and gathered while the host prepares the rest.
     """
-    depth = layers_ahead(layers)
+    depth = 2 if layers and gathered_bytes(layers[0]) <= _AHEAD else 1
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     config = getattr(model, "config", None)
     if ends and ends[0] is embedding and not getattr(config, "is_encoder_decoder", False):

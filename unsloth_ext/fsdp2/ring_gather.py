@@ -33,22 +33,19 @@ from .nf4_parameter import NF4Shard
 
 __all__ = ["RingGather", "ring_for"]
 
+_SLOTS = 4  # the gather that is copied out, the one before it that waits to be let go, and two ahead
 _MOST = 64 << 20  # bytes of a gathered unit; what is larger has adapters of a full weight's size
 _ALIGNED = 256
 _NUMBER = 4  # bytes
 
 
-def ring_for(layers: list[nn.Module], world: int, param_dtype: torch.dtype | None, ahead: int) -> RingGather | None:
-    """A ring for the gathers of these sharded layers; None where none of them is small enough, or this torch has no place for it.
-
-    ahead: how many are asked for before they are needed. There is one slot more: in a forward FSDP2 lets a gather's tensor go when
-    the next one is copied out, and before it asks for another; in a backward at once.
-    """
+def ring_for(layers: list[nn.Module], world: int, param_dtype: torch.dtype | None) -> RingGather | None:
+    """A ring for the gathers of these sharded layers; None where none of them is small enough, or this torch has no place for it."""
     if world == 1 or not all(hasattr(layer, "set_custom_all_gather") for layer in layers):
         return None
     sizes = [_gathered_bytes(layer, world, param_dtype) for layer in layers]
     fitting = [size for size in sizes if size <= _MOST]
-    return RingGather(layers, max(fitting), world, ahead + 1) if fitting else None
+    return RingGather(layers, max(fitting), world) if fitting else None
 
 
 def _gathered_bytes(layer: nn.Module, world: int, param_dtype: torch.dtype | None) -> int:
@@ -72,14 +69,14 @@ class RingGather:
     What peer_gather.connect makes of it: `part`, then `read_from`.
     """
 
-    def __init__(self, layers: list[nn.Module], size: int, world: int, slots: int):
+    def __init__(self, layers: list[nn.Module], size: int, world: int):
         self.layers, self.world, self.size = layers, world, -(-size // _ALIGNED) * _ALIGNED
         self.memory = self.part = None
         self.count = 0  # gathers so far
         self.waiting: int | None = None  # the slot that `allocate` has given out for the next call
-        self.slots, self.taken = slots, [_nothing] * slots  # weak references to the tensors of a slot
-        self.numbers = -(-(2 * slots * world + 2 * slots) * _NUMBER // _ALIGNED) * _ALIGNED
-        self.size_here = self.numbers + slots * self.size
+        self.taken: list = [_nothing] * _SLOTS  # weak references to the tensors of a slot
+        self.numbers = -(-(2 * _SLOTS * world + 2 * _SLOTS) * _NUMBER // _ALIGNED) * _ALIGNED
+        self.size_here = self.numbers + _SLOTS * self.size
 
     def move_in(self) -> None:
         self.part = self.memory.allocate(self.size_here)
@@ -96,10 +93,10 @@ class RingGather:
     # Where things are: ready[slot][rank], read[slot][rank], a number to send of each kind and slot, slots.
 
     def _number(self, of: int, kind: int, slot: int, rank: int) -> int:
-        return self.addresses[of] + ((kind * self.slots + slot) * self.world + rank) * _NUMBER
+        return self.addresses[of] + ((kind * _SLOTS + slot) * self.world + rank) * _NUMBER
 
     def _to_send(self, kind: int, slot: int) -> int:
-        return self.addresses[self.rank] + (2 * self.slots * self.world + kind * self.slots + slot) * _NUMBER
+        return self.addresses[self.rank] + (2 * _SLOTS * self.world + kind * _SLOTS + slot) * _NUMBER
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         number = torch.Size(size).numel() * dtype.itemsize

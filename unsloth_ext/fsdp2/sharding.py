@@ -149,10 +149,8 @@ def shard(
     cut_4bit(model, rank, world, device)
     _move_rest(model, device)
     fully_shard(model, **options, ignored_params=kept_whole | ({rows.embedding.weight} if rows else set()))
-    ring, waits = None, all(waits for *_, waits in everyone)
-    if by_copies and waits:
-        ring = ring_for(layers, world, policy.param_dtype, prefetching.layers_ahead(layers))
-    if by_copies and world > 1 and not waits:
+    ring = ring_for(layers, world, policy.param_dtype) if by_copies and all(waits for *_, waits in everyone) else None
+    if by_copies and world > 1 and not all(waits for *_, waits in everyone):
         switch.say(
             "adapters are gathered by the collective, not by copies: the driver lets no stream wait for a number."
         )
