@@ -7,8 +7,9 @@ A Llama-shaped checkpoint with random weights in 4 bit, LoRA of rank 16 on all s
 Each of Unsloth's flags runs in a process of its own, without this package. Ours runs twice, over Unsloth's layers as they are and
 over `compile_model(scope="block")`; one process each, budget after budget on one model, from the same weights. All processes
 load at the same time and then train one after another. Peak is `torch.cuda.max_memory_allocated` of whole steps, optimizer
-included, after the warm-up. The first losses of all sides must agree. Every row is recorded as soon as it is measured: a side
-that fails or is given up takes no other's rows with it.
+included, after the warm-up. Our sides step the optimizer as a Trainer of this package does (`step_together`), Unsloth's as Unsloth
+does. The first losses of all sides must agree. Every row is recorded as soon as it is measured: a side that fails or is given up
+takes no other's rows with it.
 """
 
 import argparse

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-WIDEST = 65536  # of a row: one program holds it
 _WARPS = {((9, 0), 5120): 4}  # where Unsloth has measured others than `settings` gives, by compute capability and width
 
 
@@ -100,7 +99,7 @@ def _settings(width: int, device: torch.device) -> tuple[int, int]:
 def rms_norm(x, beside, weight, eps, total, y, rstd) -> None:
     """y = norm(x) weight and rstd = 1 / sqrt(mean of x squared + eps); beside, not None: total = x + beside, and of total then.
 
-    x, beside, total, y: contiguous, of one shape and dtype, rows of at most WIDEST. weight: [WIDTH]. rstd: fp32 [T].
+    x, beside, total, y: contiguous, of one shape and dtype, rows of at most norms_operators.WIDEST. weight: [WIDTH]. rstd: fp32 [T].
     """
     width, rows = x.shape[-1], rstd.shape[0]
     if rows:

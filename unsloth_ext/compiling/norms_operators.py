@@ -18,7 +18,7 @@ import torch
 __all__ = ["add_rms_norm", "refusal", "rms_norm", "rms_norm_backward", "rms_norm_backward_add"]
 
 _NARROW = 128  # up to here Unsloth norms several rows in one program
-_WIDEST = 65536
+WIDEST = 65536  # one program holds a row
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
@@ -47,7 +47,7 @@ def refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
         return "the weight is trained"
     if weight.dim() != 1 or x.dim() == 0 or x.shape[-1] != weight.shape[0] or weight.device != x.device:
         return "the weight is not the input's"
-    if not _NARROW < weight.shape[0] <= _WIDEST:
+    if not _NARROW < weight.shape[0] <= WIDEST:
         return "rows are too short or too long"
     return ""
 

@@ -3,8 +3,8 @@
 Unsloth's own operator for graphs asks at each call whether its addresses fit 32 bits, which a trace with symbolic sizes answers by guards
 (a tenth of the time to trace a step), and it rounds where the tables are wider. This one has nothing to ask.
 
-As arithmetic in the graph Inductor could join it with what reads it, but joins it badly: 78 us for the queries of 8192 tokens of 8B where a
-kernel takes 38, and 206 for the rotation back and the columns of the projections' gradients where that takes 38 and 48 (an H200).
+As arithmetic in the graph Inductor could join it with what reads it, but joins it badly: 99 us for the queries and keys of 8192 tokens of 8B
+where Unsloth's kernels take 49, and 230 for the rotation back and the columns of the projections' gradients for 97 (an H200).
 
 The rotation is that of RoFormer (arXiv 2104.09864) in the form of halves: x1 cos - x2 sin, x2 cos + x1 sin, in fp32 and rounded once.
 """

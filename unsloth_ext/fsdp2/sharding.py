@@ -84,7 +84,7 @@ def shard(
     timeout: how long to wait for the other ranks before sharding (10 minutes).
 
     In a loop of one's own, `torch.autograd.set_multithreading_enabled(False)` before it runs backwards in the loop's thread, which
-    saves the second cuBLAS workspace (32 MiB on Hopper), as `Trainer.train` does under the switch.
+    saves the second cuBLAS workspace (32 MiB on Hopper, by torch's sources), as `Trainer.train` does with the switch's `backward_in_caller`.
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
     ranks disagree or one is missing. Nothing has been changed then, unless memory ran out. Where only "copies" are impossible,
