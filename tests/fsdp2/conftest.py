@@ -60,6 +60,7 @@ class Ranks:
         for rank, pipe in enumerate(pipes):
             try:
                 if not pipe.poll(timeout):
+                    self.close_workers()  # else the next test would wait for the same ones
                     raise AssertionError(f"rank {rank} of {n} did not finish {job.__name__} in {timeout} s")
                 answers.append(pipe.recv())
             except (EOFError, ConnectionResetError):
