@@ -62,10 +62,9 @@ def _trained(rank, world, folder, gather, count=None, cuda=False, residency=0):
     ring = _ring(model)
     if count is not None and ring is not None:
         ring.count = count
-        for slot in range(4):
-            for kind in range(2):
-                for other in range(world):
-                    ring.memory.write_number(0, [ring._number(rank, kind, slot, other)], count & 0xFFFFFFFF, 0)
+        for kind in range(2):
+            for other in range(world):
+                ring.memory.write_number(0, [ring._number(rank, kind, other)], count & 0xFFFFFFFF, 0)
     torch.distributed.barrier()
     optimizer, losses, seen = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), [], []
     batches = [batch.to(device) for batch in models.batches(4 * world, 2)][rank::world]
@@ -106,39 +105,43 @@ def test_layers_that_stay_gathered(ranks, checkpoints):
     assert all(4 * 3 <= one[3] < 4 * 2 * 3 for one in found["copies"])
 
 
-def test_what_finds_no_slot_goes_by_the_group(ranks, checkpoints):
-    found = ranks(2, _crowded, folder=str(checkpoints["nf4"]))
+@pytest.mark.parametrize("kept", ["rank", "all"])
+def test_who_keeps_gathered_tensors_or_asks_far_ahead_gathers_as_the_others_do(ranks, checkpoints, kept):
+    found = ranks(2, _hoarding, folder=str(checkpoints["nf4"]), everyone=kept == "all")
     assert found[0] == found[1]
-    losses, by_the_group, by_the_ring = found[0]
-    assert len(set(losses)) == 1 and by_the_group[0] < by_the_group[1] and by_the_ring[1] < by_the_ring[0]
+    losses, by_the_ring = found[0]
+    assert len(set(losses)) == 1 and len(set(by_the_ring)) == 1 and by_the_ring[0] >= 3
 
 
-def _crowded(rank, world, folder):
-    """Losses of the same batch, and gathers by the group and by the ring, without anything ahead and with more ahead than there are slots."""
-    from unsloth_ext.fsdp2 import load, ring_gather, shard
+def _hoarding(rank, world, folder, everyone):
+    """Losses of the same batch and gathers by the ring: as it is, all layers ahead, and ahead while a rank lets no output go."""
+    from unsloth_ext.fsdp2 import load, shard
     from unsloth_ext.fsdp2.sharding import units_of
 
-    slots, ring_gather._SLOTS = ring_gather._SLOTS, 2
-    losses, by_the_group, by_the_ring = [], [], []
-    try:
-        model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather="copies")
-        layers, ring = units_of(model)[0], _ring(model)
-        batch = models.batches(1, 2)[0]
-        for ahead in (False, True):
-            for layer in layers:
-                layer._forward_pre_hooks = type(layer._forward_pre_hooks)(
-                    (key, hook) for key, hook in layer._forward_pre_hooks.items() if "_prefetcher" not in repr(hook)
-                )
-                layer.set_modules_to_forward_prefetch([])
-            layers[0].set_modules_to_forward_prefetch(layers[1:] if ahead else [])
-            before = ring.count
-            with _counted([]) as seen, torch.no_grad():
-                losses.append(model(input_ids=batch, labels=batch).loss.item())
-            by_the_group.append(len(seen))
-            by_the_ring.append(ring.count - before)
-        return losses, by_the_group, by_the_ring
-    finally:
-        ring_gather._SLOTS = slots
+    losses, by_the_ring, kept = [], [], []
+    model = shard(models.with_lora(load(folder, dtype=torch.float32)), gather="copies")
+    layers, ring = units_of(model)[0], _ring(model)
+    batch = models.batches(1, 2)[0]
+
+    def keeping(*args, **options):
+        kept.append(type(ring).allocate(*args, **options))
+        return kept[-1]
+
+    for ahead, hoards in ((False, False), (True, False), (True, True), (True, True)):
+        for layer in layers:
+            layer._forward_pre_hooks = type(layer._forward_pre_hooks)(
+                (key, hook) for key, hook in layer._forward_pre_hooks.items() if "_prefetcher" not in repr(hook)
+            )
+            layer.set_modules_to_forward_prefetch([])
+        layers[0].set_modules_to_forward_prefetch(layers[1:] if ahead else [])
+        if hoards and (everyone or rank == 1):
+            ring.allocate = keeping
+        before = ring.count
+        with torch.no_grad():
+            losses.append(model(input_ids=batch, labels=batch).loss.item())
+        by_the_ring.append(ring.count - before)
+    assert bool(kept) == (everyone or rank == 1)
+    return losses, by_the_ring
 
 
 def _parts(rank, world, folder):
