@@ -39,7 +39,6 @@ SIDES = {
     "ours": "UNSLOTH_EXT_FSDP2=1, Unsloth's model read in slices",
     "ours-lean": "the same, nothing kept gathered (residency=0)",
     "ours-collective": "the same, gathered by NCCL (gather=collective)",
-    "ours-caller": "the same, backwards in the thread that trains (backward_in_caller)",
     "ours-sliced": "unsloth_ext's load and shard, plain transformers and peft",
     "ours-whole": "unsloth_ext's shard, on Unsloth's model loaded whole",
 }
@@ -47,7 +46,6 @@ SWITCHED = {  # UNSLOTH_EXT_FSDP2 of these sides
     "ours": "residency={residency}",
     "ours-lean": "residency=0",
     "ours-collective": "residency={residency},gather=collective",
-    "ours-caller": "residency={residency},backward_in_caller",
 }
 UPSTREAM = ("upstream-auto", "upstream-sharded")
 PLAIN = ("accelerate", "ours-sliced")  # without Unsloth
@@ -126,11 +124,10 @@ def prepare(side, args, device):
     """(model, what to be inside of for a step)"""
     nothing = contextlib.nullcontext
     if side in SWITCHED:
-        from unsloth_ext.fsdp2.trainer import backward_in_caller, shard_for_trainer
+        from unsloth_ext.fsdp2.trainer import shard_for_trainer
 
-        # What the switch does at the start of a Trainer, and of its `train`.
-        model = shard_for_trainer(lora(loaded(args, device, args.unsloth), args, args.unsloth).train())
-        return model, lambda: backward_in_caller(model)
+        # What the switch does at the start of a Trainer.
+        return shard_for_trainer(lora(loaded(args, device, args.unsloth), args, args.unsloth).train()), nothing
     if side == "ours-sliced":
         from unsloth_ext.fsdp2 import load, shard
 

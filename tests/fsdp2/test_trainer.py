@@ -63,51 +63,6 @@ def test_losses_equal_one_process(ranks, checkpoints, tmp_path, one_process, scr
         assert held["packed"] < 0.85 * whole["packed"] and held["frozen"] < 0.55 * whole["frozen"]
 
 
-def _threads(rank, world, checkpoint, folder, settings, **changes):
-    """(losses, whether autograd may use threads of its own: in forwards, in backwards, after training)"""
-    from unsloth_ext.fsdp2.sharding import units_of
-
-    with scripts.torchrun(rank, world, **settings):
-        trainer = scripts.sft(checkpoint, folder, world, max_steps=3, **changes)
-        last, seen = units_of(trainer.model)[0][-1], (set(), set())
-
-        def arrived(grad):
-            seen[1].add(torch.autograd.is_multithreading_enabled())
-
-        def hook(module, inputs, output):
-            seen[0].add(torch.autograd.is_multithreading_enabled())
-            if output.requires_grad:
-                output.register_hook(arrived)
-
-        last.mlp.register_forward_hook(hook)
-        trainer.train()
-        return scripts.losses(trainer), *map(sorted, seen), torch.autograd.is_multithreading_enabled()
-
-
-@pytest.mark.parametrize("checkpointing", [None, True, False])
-def test_backwards_run_in_the_thread_that_trains(ranks, checkpoints, tmp_path, one_process, checkpointing):
-    changes = {}
-    if checkpointing is not None:  # accumulating, too: `options` takes two micro-batches a step
-        options = {"use_reentrant": checkpointing}
-        changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
-    expected = one_process("sft", max_steps=3)[0]
-    arguments = dict(checkpoint=str(checkpoints["nf4"]), folder=str(tmp_path), **changes)
-    found = {}
-    for wanted in (True, False) if checkpointing is None else (True,):
-        answers = ranks(2, _threads, settings={"backward_in_caller": wanted}, **arguments)
-        for losses, forward, backward, after in answers:
-            torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-4)
-            assert forward == backward == [not wanted] and after
-        found[wanted] = answers[0][0]
-    assert len(set(map(tuple, found.values()))) == 1  # bit for bit
-    if checkpointing is None:
-        assert ranks(1, _threads, settings={}, **arguments)[0][1:] == (
-            [True],
-            [True],
-            True,
-        )  # not a model that we sharded
-
-
 def test_grpo_generates_and_steps(ranks, checkpoints, tmp_path):
     for losses, norms, facts in ranks(2, _run, script="grpo", checkpoint=str(checkpoints["nf4"]), folder=str(tmp_path)):
         assert len(losses) == 2 and max(norms) > 0 and facts["ours"]

@@ -16,7 +16,6 @@ from unsloth_ext.fsdp2 import switch
     ("", None), ("0", None), (" off ", None),
     ("1", switch.Settings()), ("TRUE", switch.Settings()),
     ("cpu_offload", switch.Settings(cpu_offload=True)),
-    ("backward_in_caller", switch.Settings(backward_in_caller=True)),
     ("residency=2GiB, reshard_after_forward=false", switch.Settings(residency=2 << 30, reshard_after_forward=False)),
     ("residency=all,mixed_precision=bf16", switch.Settings(residency="all", mixed_precision="bfloat16")),
     ("residency=auto", switch.Settings()), ("residency=0", switch.Settings(residency=0)),

@@ -44,12 +44,11 @@ def bytes_held(model: nn.Module) -> dict[str, int]:
 
 
 def parts_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """{"parameters", "optimizer", "ring", "rotary", "gradients"}: bytes on the model's device that a rank holds between two steps.
+    """{"parameters", "optimizer", "staging", "rotary", "gradients"}: bytes on the model's device that a rank holds between two steps.
 
-    ring: what adapters are gathered through (ring_gather.py). rotary: Unsloth's tables. cuBLAS' workspaces are in no tensor: they are what
+    staging: what adapters and their gradients are exchanged through (staged_collectives.py). rotary: Unsloth's tables. cuBLAS' workspaces are in no tensor: they are what
     `torch.cuda.memory_allocated` loses by `torch._C._cuda_clearCublasWorkspaces()`.
     """
-    ring = getattr(model, "_unsloth_ext_ring", None)
     tables = [
         table
         for module in model.modules()
@@ -61,7 +60,7 @@ def parts_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {
         "parameters": sum(bytes_held(model).values()),
         "optimizer": _bytes_of(states),
-        "ring": 0 if ring is None else ring.size_here,
+        "staging": sum(one.size_here for one in getattr(model, "_unsloth_ext_staged", ())),
         "rotary": _bytes_of(tables),
         "gradients": _bytes_of(parameter.grad for parameter in model.parameters()),
     }

@@ -6,7 +6,7 @@ collective costs for these bytes goes away with it: the multiprocessors that NCC
 into the collective's input and the one out of its output, and those two buffers.
 
 FSDP2 still decides when a unit is gathered and freed, and still gathers what is trained: a small gather stays for each unit, by the
-process group or, for layers, by copies as well (ring_gather.py), in which the ranks wait for each other as before. Per weight it
+process group or, for layers, by copies as well (staged_collectives.py), in which the ranks wait for each other as before. Per weight it
 carries a token of 16 bytes; its stream order does the rest:
 
 * FSDP2 asks for a weight's input (`fsdp_pre_all_gather`) on its copy-in stream. There the unit's copies are queued, behind what
@@ -133,7 +133,7 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, others=
     """Gather these units by copies. A collective. None, or what stands against it on some rank: then nothing has changed.
 
     units: sharded NF4 weights by FSDP2 unit, in the same order on every rank. others: what else reads the ranks' memory, `EmbeddingRows`
-    and `RingGather`: each gets `memory`, allocates its `part` of `size_here` bytes in `move_in()`, and is told of all ranks' in
+    and staged collectives: each gets `memory`, allocates its `part` of `size_here` bytes in `move_in()`, and is told of all ranks' in
     `read_from(addresses, rank)`.
     """
     rank, world = position(mesh)

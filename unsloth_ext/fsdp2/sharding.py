@@ -42,9 +42,10 @@ from . import kept_layers, peer_gather, peer_memory, prefetching, switch
 from .embedding_rows import EmbeddingRows, can_be_read_by_rows
 from .nf4_parameter import NF4Shard
 from .processes import default_mesh, device_of, meet, position
-from .ring_gather import ring_for
 from .row_shard import RowShard
+from .staged_collectives import staged_collectives
 from .team import Team
+from .workspaces import one_workspace
 
 __all__ = ["accumulate", "gathered", "shard", "units_of"]
 
@@ -78,13 +79,10 @@ def shard(
     residency: bytes of gathered layers that a rank may keep from forward to backward and over the micro-batches of an accumulated
         step (see `accumulate`), the last layers first; "all" for no limit, 0 for the least memory. "auto": 5% of the memory that it
         may use of its card (the smallest of all ranks), nothing with cpu_offload, on a CPU, or where nothing is trained.
-    gather: how NF4 weights and adapters are gathered. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
+    gather: how NF4 weights and adapters are gathered, and the adapters' gradients reduced. "collective": with everything else, by NCCL or gloo. "copies": by reading them where they
         lie (see peer_gather.py), on one host only; a frozen embedding is then read by rows, and gives NaN for an id that it does not
         have. "auto": by copies among CUDA cards that can, else by the collective.
     timeout: how long to wait for the other ranks before sharding (10 minutes).
-
-    In a loop of one's own, `torch.autograd.set_multithreading_enabled(False)` before it runs backwards in the loop's thread, which
-    saves the second cuBLAS workspace (32 MiB on Hopper, by torch's sources), as `Trainer.train` does with the switch's `backward_in_caller`.
 
     Raises `UsageError` for a model that cannot be sharded, `Refused` for one that is sharded already, `UnslothExtError` where
     ranks disagree or one is missing. Nothing has been changed then, unless memory ran out. Where only "copies" are impossible,
@@ -149,23 +147,24 @@ def shard(
     cut_4bit(model, rank, world, device)
     _move_rest(model, device)
     fully_shard(model, **options, ignored_params=kept_whole | ({rows.embedding.weight} if rows else set()))
-    ring = ring_for(layers, world, policy.param_dtype) if by_copies and all(waits for *_, waits in everyone) else None
-    if by_copies and world > 1 and not all(waits for *_, waits in everyone):
-        switch.say(
-            "adapters are gathered by the collective, not by copies: the driver lets no stream wait for a number."
-        )
-    others = [one for one in (rows, ring) if one is not None]
+    can_wait = all(waits for *_, waits in everyone)
+    staged = staged_collectives(layers, world, policy) if by_copies and can_wait else []
+    if by_copies and world > 1 and not can_wait:
+        switch.say("adapters go by collectives, not by copies: the driver lets no stream wait for a number.")
+    others = [*([rows] if rows else []), *staged]
     hindrance = _connect(model, layers, ends, mesh, others, timeout) if by_copies else None
     if rows and hindrance:
         fully_shard(rows.embedding, **options)
         ends.insert(0, rows.embedding)
-    model._unsloth_ext_ring = ring if by_copies and not hindrance else None
+    model._unsloth_ext_staged = staged if by_copies and not hindrance else []
     prefetching.arrange(model, layers, ends, by_copies and not hindrance)
     model._unsloth_ext_resident = kept_layers.keep(layers, residency, kept_whole)
     kept = (model._unsloth_ext_resident, ()) if reshard_after_forward else (layers, ends)
     kept_layers.free_in_time(model, *kept, root_trains=any(p.requires_grad for p in root_parameters))
     model._unsloth_ext_reshards = reshard_after_forward  # what generation.py goes back to
     model._unsloth_ext_offloads = cpu_offload
+    if device.type == "cuda":
+        one_workspace(model)
     _initialise(model)
     if rows and not hindrance:
         prefetching.first_layer_first(model, layers)

@@ -36,8 +36,6 @@ class Settings:
     residency: layers that stay gathered from forward to backward, as in `shard`: "auto" (at most 5% of the card), "all", or a number
         of bytes; 0 for the least memory.
     sharded_load: from_pretrained of a 4-bit model reads each rank's part only. False: whole on every rank, then cut.
-    backward_in_caller: `Trainer.train` runs backwards in its own thread, which saves a cuBLAS workspace (32 MiB on Hopper). False, until a
-        card has measured it: in autograd's thread for the card, as without the switch.
     """
 
     reshard_after_forward: bool = True
@@ -46,10 +44,9 @@ class Settings:
     gather: str = "auto"
     mixed_precision: str | None = None
     sharded_load: bool = True
-    backward_in_caller: bool = False
 
     def __post_init__(self):
-        for name in ("reshard_after_forward", "cpu_offload", "sharded_load", "backward_in_caller"):
+        for name in ("reshard_after_forward", "cpu_offload", "sharded_load"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, got {value!r}")
         size = self.residency

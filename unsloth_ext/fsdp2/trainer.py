@@ -38,7 +38,7 @@ from .processes import default_mesh
 from .row_shard import RowShard
 from .sharding import accumulate, shard
 
-__all__ = ["backward_in_caller", "is_ours", "serve", "shard_for_trainer"]
+__all__ = ["is_ours", "serve", "shard_for_trainer"]
 
 _NEEDS_WHOLE_GRADIENTS = ("galore", "apollo", "lomo", "grokadamw", "schedule_free", "stable_adamw", "muon")
 
@@ -133,21 +133,6 @@ def serve(model: nn.Module) -> nn.Module:
         serve_head_readers(model)
         serve_generation(model)
     return model
-
-
-def backward_in_caller(model):
-    """What the steps of a model that we sharded run inside of, their forwards too, in which some losses run a backward.
-
-    autograd has a thread for each card, which does the work of that card's nodes while the caller waits. cuBLAS has a handle for
-    each thread, and torch keeps a workspace for each handle: 32 MiB on Hopper, 8 elsewhere. A rank has one card, so a thread of its own gains
-    nothing here: with `set_multithreading_enabled(False)`, which compiled autograd uses too, the caller does the same work in the same
-    order on the same streams, as it always does on a CPU. Checkpoints of both kinds and FSDP2's callbacks go by the graph
-    that runs, not by its thread.
-    """
-    if not is_ours(model):
-        return contextlib.nullcontext()
-    settings, _ = getattr(model, "_unsloth_ext_settings", (switch.settings(), None))
-    return torch.autograd.set_multithreading_enabled(False) if settings.backward_in_caller else contextlib.nullcontext()
 
 
 # -- what stands in for the Trainer's methods ----------------------------------------------------------------------------------

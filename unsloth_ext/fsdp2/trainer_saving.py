@@ -29,7 +29,7 @@ from torch import nn
 from ..errors import UsageError
 from . import switch
 from .complete import SHARDED
-from .trainer import backward_in_caller, is_ours
+from .trainer import is_ours
 
 __all__ = ["newest_whole", "why_not_whole"]
 
@@ -79,8 +79,7 @@ def train(original):
                     f"resume_from_checkpoint=True: {self.args.output_dir} has no whole checkpoint-N folder"
                 )
             resume_from_checkpoint = str(chosen)
-        with backward_in_caller(self.model):
-            return original(self, resume_from_checkpoint, *args, **kwargs)
+        return original(self, resume_from_checkpoint, *args, **kwargs)
 
     return wrapped
 
