@@ -308,3 +308,69 @@ def test_through_unsloth():
         if already is None:
             registry.disable()
             assert utils._fast_dequantize_bnb is pristine
+
+
+# -- an operator's later calls (repeated.py) ---------------------------------------------------------------------------------
+
+
+def _fields(packed, state):
+    read_ = read(state)
+    return packed, read_.absmax, read_.code2, read_.absmax2, read_.offset, read_.blocksize, read_.blocksize2
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_operators_later_calls_go_without_checks(nested, monkeypatch):
+    operator = torch.ops.unsloth_ext.dequantize_nf4
+    packed, state = Spec(rows=256, columns=512, nested=nested).make("cuda")
+    arguments = list(state.shape), state.dtype
+    assert same(operator(*_fields(packed, state), *arguments), packed, state)
+    monkeypatch.setattr(dequantization, "check", None)  # a call of it would raise TypeError
+    for seed in range(3):  # other weights of the same layout, at other addresses
+        other, other_state = Spec(rows=256, columns=512, nested=nested, seed=seed).make("cuda")
+        assert same(operator(*_fields(other, other_state), *arguments), other, other_state)
+    with pytest.raises(TypeError):  # another layout
+        larger, larger_state = Spec(rows=257, columns=512, nested=nested).make("cuda")
+        operator(*_fields(larger, larger_state), list(larger_state.shape), larger_state.dtype)
+    dequantization.forget()
+    with pytest.raises(TypeError):
+        operator(*_fields(packed, state), *arguments)
+
+
+def test_an_operators_later_calls_refuse_what_the_first_would():
+    operator = torch.ops.unsloth_ext.dequantize_nf4
+    packed, state = Spec(rows=256, columns=512).make("cuda")
+    fields, arguments = list(_fields(packed, state)), (list(state.shape), state.dtype)
+    operator(*fields, *arguments)
+
+    def expect(place, tensor, said):
+        changed = [*fields]
+        changed[place] = tensor
+        with pytest.raises(ValueError, match=said):
+            operator(*changed, *arguments)
+
+    expect(0, packed[:-1], "packed must hold")
+    expect(1, state.absmax[:-1].clone(), "absmax must have")
+    expect(1, state.absmax.float(), "absmax must be")
+    expect(2, state.state2.code.repeat_interleave(2)[::2], "state2.code must be contiguous")
+    expect(3, state.state2.absmax.cpu(), "state2.absmax must be on")
+    freed = packed.clone()
+    freed.untyped_storage().resize_(0)
+    expect(0, freed, "packed has no storage")
+    double, turned = state.offset.double(), packed.clone().t().contiguous().t()
+    assert same(operator(*fields[:4], double, *fields[5:], *arguments), packed, state)  # converted
+    assert same(operator(turned, *fields[1:], *arguments), packed, state)
+    off = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:].unsqueeze(1)
+    assert same(operator(off.copy_(packed), *fields[1:], *arguments), packed, state)  # at an odd address
+
+
+def test_columns_of_a_larger_matrix_too(monkeypatch):
+    from unsloth_ext.nf4 import augmented, repeated
+
+    packed, state = Spec(rows=256, columns=512).make("cuda")
+    right = torch.randn(256, 16, device="cuda").to(state.dtype)
+    arguments = list(state.shape), state.dtype, None, right
+    operator = torch.ops.unsloth_ext.nf4_augmented
+    first = operator(*_fields(packed, state), *arguments)
+    monkeypatch.setattr(augmented, "check", None)
+    assert repeated.again is not None and torch.equal(operator(*_fields(packed, state), *arguments), first)
+    assert same(first[:, :512].contiguous(), packed, state) and torch.equal(first[:, 512:], right)

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..direct_launch import Quick
+
 _WARPS = {((9, 0), 5120): 4}  # where Unsloth has measured others than `settings` gives, by compute capability and width
 
 
@@ -91,6 +93,9 @@ def settings(width: int, capability: tuple[int, int] | None) -> tuple[int, int]:
     return block, _WARPS.get((capability, width), warps)
 
 
+_forward, _backward = Quick(rms_norm_kernel), Quick(rms_norm_backward_kernel)
+
+
 @functools.cache
 def _settings(width: int, device: torch.device) -> tuple[int, int]:
     return settings(width, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
@@ -105,10 +110,10 @@ def rms_norm(x, beside, weight, eps, total, y, rstd) -> None:
     if rows:
         block, warps = _settings(width, x.device)
         add = beside is not None
-        rms_norm_kernel[(rows,)](
-            x, beside if add else x, weight, total if add else y, y, rstd, eps, WIDTH=width, BLOCK=block, ADD=add,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        tensors = x, beside if add else x, weight, total if add else y, y, rstd
+        _forward(
+            (rows, 1, 1), tensors, (eps,), WIDTH=width, BLOCK=block, ADD=add, num_warps=warps, enable_fp_fusion=True
+        )
 
 
 def rms_norm_backward(dy, x, weight, rstd, other, dx) -> None:
@@ -117,7 +122,5 @@ def rms_norm_backward(dy, x, weight, rstd, other, dx) -> None:
     if rows:
         block, warps = _settings(width, x.device)
         add = other is not None
-        rms_norm_backward_kernel[(rows,)](
-            dy, x, weight, rstd, other if add else dy, dx, WIDTH=width, BLOCK=block, ADD=add,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+        tensors = dy, x, weight, rstd, other if add else dy, dx
+        _backward((rows, 1, 1), tensors, (), WIDTH=width, BLOCK=block, ADD=add, num_warps=warps, enable_fp_fusion=True)

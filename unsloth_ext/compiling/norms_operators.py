@@ -11,6 +11,7 @@ is added. On a CPU the same in plain torch. `rms_norm` is differentiable in x; i
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -52,34 +53,29 @@ def refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
     return ""
 
 
-def _rows_of(x):
-    return math.prod(x.shape[:-1])
+@functools.cache
+def _kernels():
+    from . import norms_kernel
+
+    return norms_kernel
 
 
 def _like(x):
-    return x.new_empty(x.shape)  # contiguous
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_norm(x, weight, eps):
-    return _like(x), x.new_empty(_rows_of(x), dtype=torch.float32)
+    return _like(x), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 def _fake_add_norm(a, b, weight, eps):
     return _like(a), *_fake_norm(a, weight, eps)
 
 
-def _on_card(x, function):
-    with torch.cuda.device(x.device):
-        function()
-
-
 def _norm(x, weight, eps):
     y, rstd = _fake_norm(x, weight, eps)
     if x.is_cuda:
-        from . import norms_kernel as kernel
-
-        x, weight = x.contiguous(), weight.contiguous()
-        _on_card(x, lambda: kernel.rms_norm(x, None, weight, eps, None, y, rstd))
+        _kernels().rms_norm(x.contiguous(), None, weight.contiguous(), eps, None, y, rstd)
         return y, rstd
     exact = x.float()
     torch.rsqrt(exact.square().sum(-1).div_(x.shape[-1]).add_(eps), out=rstd.view(x.shape[:-1]))
@@ -90,10 +86,7 @@ def _norm(x, weight, eps):
 def _backward(dy, x, weight, rstd):
     dx = _like(dy)
     if x.is_cuda:
-        from . import norms_kernel as kernel
-
-        dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-        _on_card(x, lambda: kernel.rms_norm_backward(dy, x, weight, rstd, None, dx))
+        _kernels().rms_norm_backward(dy.contiguous(), x.contiguous(), weight.contiguous(), rstd, None, dx)
         return dx
     each = rstd.view(x.shape[:-1]).unsqueeze(-1)
     normed, scaled, width = x.float() * each, dy.reshape(x.shape).float() * weight.float(), x.shape[-1]
@@ -109,11 +102,8 @@ def _add_norm(a, b, weight, eps):
         total = _like(a)
         torch.add(a, b, out=total)
         return total, *_norm(total, weight, eps)
-    from . import norms_kernel as kernel
-
     total, y, rstd = _fake_add_norm(a, b, weight, eps)
-    a, b, weight = a.contiguous(), b.contiguous(), weight.contiguous()
-    _on_card(a, lambda: kernel.rms_norm(a, b, weight, eps, total, y, rstd))
+    _kernels().rms_norm(a.contiguous(), b.contiguous(), weight.contiguous(), eps, total, y, rstd)
     return total, y, rstd
 
 
@@ -124,11 +114,9 @@ def _backward_add(dy, x, weight, rstd, other):
         )
     if not x.is_cuda or dy.dtype not in (torch.float16, torch.bfloat16):
         return torch.add(_backward(dy, x, weight, rstd).view(other.shape), other, out=_like(other))
-    from . import norms_kernel as kernel
-
     dx = _like(other)
-    dy, x, weight, other = dy.contiguous(), x.contiguous(), weight.contiguous(), other.contiguous()
-    _on_card(x, lambda: kernel.rms_norm_backward(dy, x, weight, rstd, other, dx))
+    tensors = dy.contiguous(), x.contiguous(), weight.contiguous(), rstd, other.contiguous()
+    _kernels().rms_norm_backward(*tensors, dx)
     return dx
 
 

@@ -11,11 +11,14 @@ stay in its registers, and three quarters of a gigabyte a layer (8B, 8192 tokens
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 import triton
 import triton.language as tl
+
+from ..direct_launch import Quick
 
 MOST_RANK = 64  # beyond, the sums would not stay in registers
 _BLOCK = 1024  # 8 elements a thread: 16 bytes a load
@@ -96,6 +99,14 @@ def low_kernel(
     tl.store(low_ptr + rows * rank + ranks, low, mask=inside)
 
 
+_swiglu_lora, _low = Quick(swiglu_lora_kernel), Quick(low_kernel)
+_power = functools.cache(triton.next_power_of_2)
+
+
+def _parts(number: int, each: int) -> int:
+    return -(-number // each)
+
+
 def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.Tensor, low: torch.Tensor) -> None:
     """wide[:, :I] = h = silu(e) g, wide[:, I:] = [h A^T | zeros] and low = h A^T, for contiguous 16-bit e, g [T, I] and a [rank, I].
 
@@ -104,18 +115,19 @@ def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.T
     (rows, width), rank, beside = e.shape, a.shape[0], wide.shape[1] - e.shape[1]
     if rows == 0:
         return
-    blocks = triton.cdiv(rows, _FORWARD["ROWS"])
-    splits = max(1, min(triton.cdiv(width, _FORWARD["COLUMNS"]), _PROGRAMS // 2 // blocks))
-    share = triton.cdiv(triton.cdiv(width, splits), _FORWARD["COLUMNS"]) * _FORWARD["COLUMNS"]
-    splits = triton.cdiv(width, share)
+    blocks = _parts(rows, _FORWARD["ROWS"])
+    splits = max(1, min(_parts(width, _FORWARD["COLUMNS"]), _PROGRAMS // 2 // blocks))
+    share = _parts(_parts(width, splits), _FORWARD["COLUMNS"]) * _FORWARD["COLUMNS"]
+    splits = _parts(width, share)
     sums = e.new_empty(splits, rows, rank, dtype=torch.float32)
-    swiglu_lora_kernel[(blocks, splits)](
-        e, g, a, wide, sums, rows, width, wide.stride(0), rank, share,
-        RANK=triton.next_power_of_2(max(16, rank)), PTX=_PTX, **_FORWARD,
+    pitch = wide.stride(0)
+    _swiglu_lora(
+        (blocks, splits, 1), (e, g, a, wide, sums), (rows, width, pitch, rank, share),
+        RANK=_power(max(16, rank)), PTX=_PTX, **_FORWARD,
     )  # fmt: skip
-    low_kernel[(triton.cdiv(rows, _ROWS),)](
-        sums, wide, low, rows, width, wide.stride(0), rank, splits, beside,
-        ROWS=_ROWS, RANK=triton.next_power_of_2(max(16, beside)),
+    _low(
+        (_parts(rows, _ROWS), 1, 1), (sums, wide, low), (rows, width, pitch, rank, splits, beside),
+        ROWS=_ROWS, RANK=_power(max(16, beside)),
     )  # fmt: skip
 
 
@@ -155,12 +167,16 @@ def swiglu_backward_kernel(
     tl.store(there + width, dg, mask=inside)
 
 
+_swiglu_backward = Quick(swiglu_backward_kernel)
+
+
 def swiglu_backward(dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, wide: torch.Tensor) -> None:
     """wide[:, :2I] = [de | dg] and dh = h, for contiguous 16-bit [T, I]; wide's rows may be longer."""
     rows, width = dh.shape
-    blocks = triton.cdiv(width, _BLOCK)
+    blocks = _parts(width, _BLOCK)
     if rows * blocks:
-        swiglu_backward_kernel[(rows * blocks,)](dh, e, g, wide, width, wide.stride(0), blocks, BLOCK=_BLOCK, PTX=_PTX)
+        numbers = width, wide.stride(0), blocks
+        _swiglu_backward((rows * blocks, 1, 1), (dh, e, g, wide), numbers, BLOCK=_BLOCK, PTX=_PTX)
 
 
 @triton.jit
@@ -226,6 +242,9 @@ def swiglu_lora_backward_kernel(
     tl.store(at + (gate_rank + up_rank) * width, down_sum, mask=valid & (rank < down_rank))
 
 
+_swiglu_lora_backward = Quick(swiglu_lora_backward_kernel)
+
+
 def stages_for(rank: int) -> int:
     """How many steps are in shared memory at a time: measured on an H200."""
     return 2 if rank <= 16 else 3
@@ -245,15 +264,15 @@ def swiglu_lora_backward(
     low: [T, sum of ranks], 16 bits, gate's columns and up's; p: [T, rank]. No rank may be above `MOST_RANK`.
     """
     (rows, width), gate_rank, up_rank, down_rank = dh.shape, *ranks, p.shape[1]
-    strips = triton.cdiv(width, _COLUMNS)
-    splits = max(1, min(triton.cdiv(rows, _ROWS), _PROGRAMS // strips))
-    share = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS
+    strips = _parts(width, _COLUMNS)
+    splits = max(1, min(_parts(rows, _ROWS), _PROGRAMS // strips))
+    share = _parts(_parts(rows, splits), _ROWS) * _ROWS
     sums = dh.new_empty(splits, gate_rank + up_rank + down_rank, width, dtype=torch.float32)
-    rank = triton.next_power_of_2(max(16, gate_rank, up_rank, down_rank))
+    rank = _power(max(16, gate_rank, up_rank, down_rank))
     if sums.numel():
-        swiglu_lora_backward_kernel[(strips, splits)](
-            dh, e, g, wide, low, p, sums, rows, width, wide.stride(0), low.stride(0), p.stride(0), gate_rank, up_rank, down_rank, share,
-            ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=rank, PTX=_PTX,
-            num_warps=_WARPS, num_stages=stages_for(rank),
+        _swiglu_lora_backward(
+            (strips, splits, 1), (dh, e, g, wide, low, p, sums),
+            (rows, width, wide.stride(0), low.stride(0), p.stride(0), gate_rank, up_rank, down_rank, share),
+            ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=rank, PTX=_PTX, num_warps=_WARPS, num_stages=stages_for(rank),
         )  # fmt: skip
     return sums[0] if splits == 1 else sums.sum(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 __all__ = ["add_product_", "beside", "copy_columns_", "swiglu_lora", "swiglu_lora_backward_"]
@@ -57,6 +59,13 @@ def swiglu_lora_backward_(
     return torch.ops.unsloth_ext.swiglu_lora_backward_(dh, e, g, low, p, gate_rank, more)
 
 
+@functools.cache
+def _kernels():
+    from . import projections_kernel
+
+    return projections_kernel
+
+
 def _add_product(out, a, b, alpha) -> None:
     out.addmm_(a, b, alpha=alpha)
 
@@ -79,13 +88,9 @@ def _results_of(e, g, a):
 def _swiglu_lora(e, g, a):
     wide, low = _results_of(e, g, a)
     rank, width = a.shape
-    if e.is_cuda:
-        from . import projections_kernel as kernel
-
-        if rank <= kernel.MOST_RANK:
-            with torch.cuda.device(e.device):
-                kernel.swiglu_lora(e.contiguous(), g.contiguous(), a.contiguous(), wide, low)
-            return wide, low
+    if e.is_cuda and rank <= _kernels().MOST_RANK:
+        _kernels().swiglu_lora(e.contiguous(), g.contiguous(), a.contiguous(), wide, low)
+        return wide, low
     if e.device.type == "cpu":  # oneDNN multiplies what stands behind a row's end by zeros: it may not be NaN
         torch.as_strided(wide, (wide.shape[0], wide.stride(0)), (wide.stride(0), 1)).zero_()
     h = wide[:, :width]
@@ -105,13 +110,10 @@ def _swiglu_lora_backward(dh, e, g, low, p, gate_rank, more):
     wide = dh.new_empty(dh.shape[0], 2 * width + more)
     wide[:, 2 * width :].zero_()
     if dh.is_cuda and dh.is_contiguous():
-        from . import projections_kernel as kernel
-
         e, g = e.contiguous(), g.contiguous()
-        with torch.cuda.device(dh.device):
-            if max(ranks) <= kernel.MOST_RANK and low.stride(1) == p.stride(1) == 1:
-                return wide, kernel.swiglu_lora_backward(dh, e, g, low, p, ranks[:2], wide)
-            kernel.swiglu_backward(dh, e, g, wide)
+        if max(ranks) <= _kernels().MOST_RANK and low.stride(1) == p.stride(1) == 1:
+            return wide, _kernels().swiglu_lora_backward(dh, e, g, low, p, ranks[:2], wide)
+        _kernels().swiglu_backward(dh, e, g, wide)
     else:
         exact = e.float()
         sigmoid = torch.sigmoid(exact)

@@ -11,6 +11,8 @@ The rotation is that of RoFormer (arXiv 2104.09864) in the form of halves: x1 co
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 __all__ = ["refusal", "rotate"]
@@ -69,9 +71,14 @@ def _backward(ctx, gradient):
     return torch.ops.unsloth_ext.rotate(gradient, cos, sin, positions, not ctx.back), None, None, None, None
 
 
-def _rotate_on_card(x, cos, sin, positions, back):
+@functools.cache
+def _kernels():
     from . import rope_kernel
 
+    return rope_kernel
+
+
+def _rotate_on_card(x, cos, sin, positions, back):
     tokens = x.shape[0] * x.shape[1]
     if positions is None and min(cos.shape[0], sin.shape[0]) < x.shape[1]:
         raise ValueError(
@@ -80,8 +87,7 @@ def _rotate_on_card(x, cos, sin, positions, back):
     if positions is not None and positions.numel() != tokens:
         raise ValueError(f"positions must be one for each of {tokens} tokens, got {positions.numel()}")
     x, cos, sin = (one if one.stride(-1) == 1 else one.contiguous() for one in (x, cos, sin))
-    with torch.cuda.device(x.device):
-        return rope_kernel.rotate(x, cos, sin, None if positions is None else positions.contiguous(), back)
+    return _kernels().rotate(x, cos, sin, None if positions is None else positions.contiguous(), back)
 
 
 _library.impl("rotate", _rotate, "CPU")

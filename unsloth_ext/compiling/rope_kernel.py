@@ -6,9 +6,13 @@ torch agree in every bit.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from ..direct_launch import Quick
 
 _HEADS = 1024  # about so many elements a program
 
@@ -51,15 +55,21 @@ def rotate_kernel(
     tl.store(there + half, (right * cos + left * sin).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+_rotate = Quick(rotate_kernel)
+_power = functools.cache(triton.next_power_of_2)
+
+
 def rotate(x, cos, sin, positions, back: bool) -> torch.Tensor:
     """As `rope.rotate`; x's last dimension dense. back: by the negative angle."""
     batch, length, heads, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(width // 2)
-    together = max(1, min(triton.next_power_of_2(heads), _HEADS // block))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = _power(width // 2)
+    together = max(1, min(_power(heads), _HEADS // block))
     if out.numel():
-        rotate_kernel[(batch * length, triton.cdiv(heads, together))](
-            x, out, cos, sin, cos if positions is None else positions, length, heads, x.stride(0), x.stride(1), x.stride(2),
-            cos.stride(0), sin.stride(0), half=width // 2, BLOCK=block, HEADS=together, POSITIONS=positions is not None, BACK=back,
+        _rotate(
+            (batch * length, -(-heads // together), 1),
+            (x, out, cos, sin, cos if positions is None else positions),
+            (length, heads, *x.stride()[:3], cos.stride(0), sin.stride(0)),
+            half=width // 2, BLOCK=block, HEADS=together, POSITIONS=positions is not None, BACK=back,
         )  # fmt: skip
     return out

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import dequantization
+from . import dequantization, repeated
 from .quant_state import NF4State, check, offset_on, read
 
 __all__ = ["nf4_augmented", "nf4_stacked"]
@@ -119,14 +119,13 @@ _library.define(
 
 
 def _stacked(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, rows, columns, dtype, extra_rows):
-    out = _stacked_like(packed, rows, columns, dtype, extra_rows)
+    with repeated.without_overrides():
+        out = _stacked_like(packed, rows, columns, dtype, extra_rows)
     at = 0
     for i, n in enumerate(rows):
         part, at = out[at : at + n], at + n
-        state = NF4State(
-            absmax[i], part.shape, dtype, blocksize[i], code2[i], absmax2[i], offset[i], blocksize2[i]
-        )  # fmt: skip
-        _write(packed[i], state, part)
+        fields = packed[i], absmax[i], code2[i], absmax2[i], offset[i], blocksize[i], blocksize2[i]
+        dequantization._operator_out(*fields, part)
     for extra in extra_rows:
         out[at : at + extra.shape[0]].copy_(extra)
         at += extra.shape[0]
@@ -153,9 +152,20 @@ def _write(packed, state: NF4State, out: torch.Tensor) -> None:
 
 
 def _augmented(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, dtype, left, right):
-    out = _augmented_like(packed, shape, dtype, left, right)
+    with repeated.without_overrides():
+        out = _augmented_like(packed, shape, dtype, left, right)
     at = 0 if left is None else left.shape[1]
     middle = out[:, at : at + shape[1]]
+    if not repeated.again(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, middle):
+        _write_columns(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, dtype, middle)
+    if left is not None:
+        out[:, :at].copy_(left)
+    if right is not None:
+        out[:, at + shape[1] :].copy_(right)
+    return out
+
+
+def _write_columns(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, dtype, middle) -> None:
     state = NF4State(absmax, torch.Size(shape), dtype, blocksize, code2, absmax2, offset, blocksize2)
     check(packed, state, None, dtype)
     if middle.is_contiguous():
@@ -164,11 +174,6 @@ def _augmented(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, sh
         dense = torch.empty(shape, dtype=dtype, device=packed.device)
         _write(packed, state, dense)
         middle.copy_(dense)
-    if left is not None:
-        out[:, :at].copy_(left)
-    if right is not None:
-        out[:, at + shape[1] :].copy_(right)
-    return out
 
 
 def _augmented_like(packed, shape, dtype, left, right):
@@ -224,8 +229,13 @@ def _run_pitched(packed, state: NF4State, out: torch.Tensor) -> bool:
         if (go := _pitched[key]) is _THROUGH_TRITON or dequantization._hooked(launch):
             launch_pitched(*key, packed, state.absmax, state.code2, state.absmax2, offset, out, n)
         else:
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            go(-(-n // variant.tile), stream, *addresses, launch.codes(index).data_ptr(), out.data_ptr(), n)
+            stream, codes, programs = (
+                torch._C._cuda_getCurrentRawStream(index),
+                launch.codes(index),
+                -(-n // variant.tile),
+            )
+            go(programs, stream, *addresses, codes.data_ptr(), out.data_ptr(), n)
+            repeated.remember(packed, state, offset, out, go, programs, codes.data_ptr())
     return True
 
 

@@ -21,7 +21,7 @@ import weakref
 
 import torch
 
-from . import dense_copies, reference
+from . import dense_copies, reference, repeated
 from .quant_state import NF4State, check, offset_on, read
 
 __all__ = ["dequantize", "forget", "plans", "run", "traced"]
@@ -74,6 +74,7 @@ def forget() -> None:
     """Drop every plan and every verdict about a device."""
     with _lock:
         plans.clear()
+        repeated.forget()
         _ready.clear()
         _given_up.clear()
 
@@ -108,8 +109,10 @@ def run(packed: torch.Tensor, state: NF4State, out: torch.Tensor, quant_state=No
         launch.launch(variant, packed, state.absmax, state.code2, state.absmax2, offset, out, n)
         return True
     with torch.cuda.device(index):
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        go(-(-n // variant.tile), stream, *addresses, launch.codes(index).data_ptr(), out.data_ptr(), n)
+        stream, codes, programs = torch._C._cuda_getCurrentRawStream(index), launch.codes(index), -(-n // variant.tile)
+        go(programs, stream, *addresses, codes.data_ptr(), out.data_ptr(), n)
+    if variant.wide:
+        repeated.remember(packed, state, offset, out, go, programs, codes.data_ptr())
     if quant_state is not None and offset is state.offset and type(quant_state) is not list and variant.wide:
         if out.dtype is state.dtype:
             _remember(quant_state, state, packed, variant, go)
@@ -160,6 +163,7 @@ def _first_use(variant, packed, state, offset, out) -> bool:
             problem = f"{type(error).__name__}: {error}"
         if problem:
             _given_up[variant.device_index] = problem
+            repeated.forget()
             name = torch.cuda.get_device_name(variant.device_index)
             warnings.warn(
                 f"unsloth_ext: the NF4 kernel is not used on {name}: {problem[:500]}", RuntimeWarning, stacklevel=4
@@ -328,6 +332,8 @@ _library.define(f"dequantize_nf4_out({_FIELDS}, Tensor(a!) out) -> ()", tags=(to
 
 
 def _operator_out(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, out) -> None:
+    if repeated.again(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, out):
+        return
     state = NF4State(absmax, out.shape, out.dtype, blocksize, code2, absmax2, offset, blocksize2)
     check(packed, state, out, out.dtype)
     if not run(packed, state, out):
@@ -335,7 +341,8 @@ def _operator_out(packed, absmax, code2, absmax2, offset, blocksize, blocksize2,
 
 
 def _operator(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, dtype):
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    with repeated.without_overrides():
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
     _operator_out(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, out)
     return out
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 
-from .launch import _CONVENTIONS, codes, hooks
+from ..direct_launch import direct as _direct
+from .launch import codes
 from .matmul_kernel import few_rows_kernel, many_rows_kernel, sum_kernel
 from .matmul_table import FACTORS, Few, Variant
 from .reference import CODE
@@ -105,25 +105,6 @@ def launch(variant: Variant, x, packed, absmax, code2, absmax2, offset, bias, ou
         kernel = sum_kernel[(-(-m * n // 1024),)]
         arguments = (target, out if bias is None else bias, out, m * n, n)
         return compiled, kernel(*arguments, **_sum_constexprs(variant), **_options(variant, 4))
-
-
-def _direct(compiled, constants: int):
-    """go(grid, stream, *arguments), addresses as integers; None where this Triton's launcher is not one that we know."""
-    version = ".".join(triton.__version__.split(".")[:2])
-    if version not in _CONVENTIONS or hooks() is None:
-        return None
-    metadata = compiled.metadata
-    if metadata.global_scratch_size or metadata.profile_scratch_size or getattr(compiled.run, "gsan_enabled", False):
-        return None
-    run, function, tail = compiled.run, compiled.function, (None,) * constants
-    call, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
-    packed_metadata = compiled.packed_metadata
-    if version == "3.6":
-        head = (function, cooperative, pdl, None, None, packed_metadata, None, None, None)
-        return lambda grid, stream, *arguments: call(*grid, stream, *head, *arguments, *tail)
-    head = (function, cooperative, pdl, packed_metadata, None, None, None, None, None, run.arg_annotations)
-    head = (*head, run.kernel_signature)
-    return lambda grid, stream, *arguments: call(*grid, stream, *head, (*arguments, *tail))
 
 
 def direct(variant: Variant, compiled):
