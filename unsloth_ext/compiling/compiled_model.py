@@ -31,6 +31,7 @@ from .compile_report import CompileReport, Ledger
 from .constant_outputs import constants_among_outputs
 from .input_gradients import trace_input_gradients
 from .packed import packed_arguments
+from .symbolic_memo import remembered_arithmetic
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 SCOPES = ("block", "step")
@@ -257,6 +258,7 @@ def _settings():
     with (
         constants_among_outputs(),
         short_operators(),
+        remembered_arithmetic(),
         # Else two sizes that are equal by chance, a head's width and the batch's length, are one symbol.
         torch.fx.experimental._config.patch(use_duck_shape=False),
         torch._dynamo.config.patch(
