@@ -15,7 +15,7 @@ import functools
 import math
 from importlib import import_module
 
-from ..patching import Patch, SetAttribute, Target
+from ..patching import NotHere, Patch, SetAttribute, Target
 from ..patching.fingerprint import of_object
 
 # The CUDA branch's own fast_dequantize, behind the seam: its contract (scratch buffers, transposed weights) is the one kept here.
@@ -25,6 +25,7 @@ _BEHIND_THE_SEAM = {
     "c0bdbe67f2221d13": "2026.10.8",
     "61748cd692395b08": "2026.10.9",
 }
+_WITHOUT_A_CARD = {"5ac648a444e1b37b": "2026.10.9"}  # what Unsloth defines there
 
 # Where upstream's kernel was measured to be as fast: compute capability -> (least, most) elements, most None for any.
 # Empty: none was found on the one measured card (9, 0); no other card has been measured.
@@ -34,6 +35,8 @@ UPSTREAM_AS_FAST: dict[tuple[int, int], tuple[int, int | None]] = {}
 def _changes(module, target):
     original = vars(module)["_fast_dequantize_bnb"]
     if (found := of_object(original)) not in _BEHIND_THE_SEAM:
+        if found in _WITHOUT_A_CARD:
+            raise NotHere("for NVIDIA cards, and there is none")
         raise RuntimeError(
             f"upstream changed: _fast_dequantize_bnb is {found or 'not readable'}, known are {', '.join(_BEHIND_THE_SEAM)}"
         )
