@@ -33,7 +33,7 @@ def direct(compiled, constants: int):
     arguments: the kernel's without its `constants` constexprs, which come last; addresses as integers.
     """
     version = ".".join(triton.__version__.split(".")[:2])
-    if version not in _CONVENTIONS or hooks() is None:
+    if version not in _CONVENTIONS or hooks() is None or torch.version.hip is not None:
         return None
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or getattr(compiled.run, "gsan_enabled", False):
@@ -43,11 +43,19 @@ def direct(compiled, constants: int):
     packed_metadata = compiled.packed_metadata
     if version == "3.6":  # a C function for each signature; constexprs are passed along and ignored
         head = (function, cooperative, pdl, None, None, packed_metadata, None, None, None)
-        return lambda grid, stream, *arguments: call(*grid, stream, *head, *arguments, *tail)
-    # One C function, which is told the signature and takes the arguments as a tuple.
-    head = (function, cooperative, pdl, packed_metadata, None, None, None, None, None, run.arg_annotations)
-    head = (*head, run.kernel_signature)
-    return lambda grid, stream, *arguments: call(*grid, stream, *head, (*arguments, *tail))
+
+        def go(grid, stream, *arguments):
+            call(*grid, stream, *head, *arguments, *tail)
+
+    else:  # one C function, which is told the signature and takes the arguments as a tuple
+        head = (function, cooperative, pdl, packed_metadata, None, None, None, None, None, run.arg_annotations)
+        head = (*head, run.kernel_signature)
+
+        def go(grid, stream, *arguments):
+            call(*grid, stream, *head, (*arguments, *tail))
+
+    go.compiled = compiled  # it unloads its function when it goes
+    return go
 
 
 class Quick:
@@ -63,7 +71,7 @@ class Quick:
     def __call__(self, grid, tensors, numbers, **constants) -> None:
         """grid: (x, y, z). Of the tensors' device, on its current stream."""
         device = tensors[0].get_device()
-        key = device, numbers, tuple(constants.values()), *[tensor.dtype for tensor in tensors]
+        key = device, numbers, tuple(constants.values()), *[(one.dtype, one.get_device()) for one in tensors]
         go = self.known.get(key)
         if go is not None and torch._C._cuda_getDevice() == device and not _hooked():
             addresses = [tensor.data_ptr() for tensor in tensors]

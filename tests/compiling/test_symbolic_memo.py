@@ -3,7 +3,9 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental import sym_node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -63,7 +65,8 @@ def test_an_operation_is_done_once_until_something_is_learnt():
     try:
         with remembered_arithmetic():
             products = [a * b for _ in range(5)]
-            assert len(done) == 1 and len({id(product.node) for product in products}) == 1
+            assert len(done) == 1 and len({str(product) for product in products}) == 1
+            assert len({id(product.node) for product in products}) == 5  # a trace tells sizes apart by their nodes
             assert bool(a == 6)  # now it is a number
             assert str(a * b).count("s") == 1 and len(done) == 2
             other = _sizes(ShapeEnv(), (6, 35))
@@ -84,6 +87,50 @@ def test_in_several_threads():
     expected = [_walk(seed) for seed in range(6)]
     with remembered_arithmetic(), ThreadPoolExecutor(6) as pool:
         assert list(pool.map(_walk, range(6))) == expected
+
+
+def _padded(x, weight):
+    y, tokens = (x @ weight).sin(), x.shape[0] * x.shape[1]
+    padded = torch.nn.functional.pad(y.view(tokens, 16), (0, 0, 0, 1))
+    return padded, padded.new_zeros(tokens + 1, 16) * padded
+
+
+def _flat(x, weight):
+    y = (x.flatten(0, 1) @ weight).sin()
+    return y.reshape(y.shape[0] * 16), y.new_zeros(y.shape[0], 16) + y
+
+
+def _turned(x, weight):
+    (b, s, h), y = x.shape, (x @ weight).sin()
+    return y.transpose(0, 1).contiguous(), y.new_empty(b * s * h).fill_(2) * y.reshape(b * s * h)
+
+
+@pytest.mark.parametrize("function", [_padded, _flat, _turned])
+def test_the_graphs_of_forward_and_backward_too(function):
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def graphs():
+        found = []
+
+        def keep(module, inputs):
+            found.append(module.print_readable(print_output=False, include_stride=True))
+            return make_boxed_func(module.forward)
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+        torch.manual_seed(0)
+        x, weight = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 16), (16, 16)))
+        outputs = torch.compile(function, backend=backend, dynamic=True)(x, weight)
+        sum(output.sum() for output in outputs).backward()
+        return found, x.grad, weight.grad
+
+    expected = graphs()
+    with remembered_arithmetic():
+        remembered = graphs()
+    torch._dynamo.reset()
+    assert remembered[0] == expected[0] and len(expected[0]) == 2
+    assert torch.equal(remembered[1], expected[1]) and torch.equal(remembered[2], expected[2])
 
 
 def test_a_compile_has_the_same_graph_and_fewer_operations():

@@ -121,7 +121,7 @@ def test_two_cards_equal_one(trained, case):
 
 
 def _workspaces(rank, world, folder):
-    """Bytes of cuBLAS' workspaces where the loss's gradient arrives, which is after the forward, and between steps; of one of them."""
+    """Bytes of one cuBLAS workspace, and of all of them after a forward and after two whole steps."""
     import fsdp2_models as models
     import torch
 

@@ -110,6 +110,15 @@ def test_an_unknown_source_behind_the_seam_is_left_alone():
         _changes(module, PATCHES[0].targets[0])
 
 
+def test_without_triton_all_but_the_kernels_can_be_imported(python):
+    python(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import unsloth_ext.nf4.augmented, unsloth_ext.nf4.dequantization, unsloth_ext.compiling.projections, unsloth_ext.compiling.rope\n"
+        "import unsloth_ext.compiling.norms_operators\n"
+    )
+
+
 @pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed: make setup")
 def test_on_the_installed_unsloth(python):
     from unsloth_ext.patching.release import folder_of

@@ -42,6 +42,8 @@ def refusal(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
         return "not all of one 16-bit dtype"  # Unsloth rounds where the tables are wider
     if q.device.type not in ("cuda", "cpu") or not (q.device == k.device == cos.device == sin.device):
         return "on another kind of device, or on several"
+    if torch.version.hip is not None:
+        return "on no NVIDIA card"  # nobody has measured it there
     if cos.dim() != 2 or sin.dim() != 2 or q.dim() != 4 or q.shape[-1] % 2:
         return "of other shapes"
     return ""

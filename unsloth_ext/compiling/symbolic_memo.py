@@ -2,8 +2,9 @@
 
 A trace with dynamic lengths makes tens of thousands of tensors without data, and for each of them torch multiplies and compares its sizes
 and strides anew: 190 thousand operations on expressions for four decoder layers, of which a few hundred are different. A quarter of the
-time of a first step of step scope (torch 2.11) went there. In this scope an operation on the same two expressions gives the node that
-it gave before, as long as the ShapeEnv has learnt nothing: it has a version counter, by which torch's own caches go too.
+time of a first step of step scope (torch 2.11) went there. In this scope an operation on the same two expressions gives what it gave
+before, in a node of its own (a trace tells sizes apart by their nodes), as long as the ShapeEnv has learnt no equality: it has a version
+counter, by which torch's own caches go too. `mod` is left as it is: what it gives depends on ranges too, which are not counted.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _make() -> None:
     global _made
     _made = {}
     methods = vars(sym_node.SymNode)
-    for name in sorted(set(sym_node.magic_methods) - set(sym_node.unary_methods) - {"sym_ite", "round"}):
+    for name in sorted(set(sym_node.magic_methods) - set(sym_node.unary_methods) - {"sym_ite", "round", "mod"}):
         attribute = f"_{name}_" if name in sym_node.magic_methods_on_operator_with_trailing_underscore else f"_{name}"
         if isinstance(methods.get(attribute), types.FunctionType):
             _made[attribute] = _remembered(attribute, methods[attribute])
@@ -79,10 +80,17 @@ def _remembered(name: str, original):
         if result is None:
             result = original(self, other)
             if env._version_counter == version:
-                state[2][key] = result
-        return result
+                state[2][key] = _like(result)
+            return result
+        return _like(result)
 
     return operation
+
+
+def _like(node):
+    other = object.__new__(type(node))
+    other.__dict__.update(node.__dict__)
+    return other
 
 
 def _expression(self):

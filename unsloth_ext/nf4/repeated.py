@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from ..direct_launch import hooks
-
 __all__ = ["again", "forget", "remember", "without_overrides"]
 
 _MOST = 4096
-_known: dict = {}  # layout -> (go, programs, elements, address of the codes, alignment of the packed bytes minus one)
+_known: dict = {}  # layout -> (go, programs, elements, address of the codes, alignment of the packed bytes minus one, Triton's hooks)
 without_overrides = (
     torch._C.DisableTorchFunctionSubclass
 )  # a parameter of bitsandbytes sends each method call through Python
@@ -36,18 +34,17 @@ def _layout(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, out):
 
 def again(packed, absmax, code2, absmax2, offset, blocksize: int, blocksize2: int, out) -> bool:
     """Launch, if such fields have been launched before. offset: a tensor, or None with `code2`. False: nothing has been done."""
-    if not _known:
+    if not _known or (code2 is not None and (absmax2 is None or offset is None)):
         return False
     with without_overrides():
         known = _known.get(_layout(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, out))
         if known is None:
             return False
-        go, programs, elements, codes, misaligned = known
+        go, programs, elements, codes, misaligned, (enter, leave) = known
         packed_at, absmax_at, out_at, index = packed.data_ptr(), absmax.data_ptr(), out.data_ptr(), out.get_device()
         nested = (absmax_at,) * 3
         if code2 is not None:
             nested = code2.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
-        enter, leave = hooks()
         if (
             not (packed_at and absmax_at and all(nested))  # freed: who checks says which
             or packed_at & misaligned
@@ -66,13 +63,15 @@ def remember(packed, state, offset, out, go, programs: int, codes: int) -> None:
     """After a launch by `go` (launch.direct) of a wide variant on checked fields; offset: the tensor that it read, or None."""
     if (offset is None) != (state.code2 is None) or (offset is not None and offset is not state.offset):
         return  # what the next call brings is not what the kernel reads
+    from ..direct_launch import hooks  # which needs Triton; it has launched by now
+
     if len(_known) >= _MOST:
         _known.clear()
     with without_overrides():
         layout = _layout(
             packed, state.absmax, state.code2, state.absmax2, offset, state.blocksize, state.blocksize2, out
         )
-        _known[layout] = go, programs, out.numel(), codes, 1 if out.dtype is torch.float32 else 3
+        _known[layout] = go, programs, out.numel(), codes, 1 if out.dtype is torch.float32 else 3, hooks()
 
 
 def forget() -> None:
