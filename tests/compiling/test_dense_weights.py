@@ -93,6 +93,7 @@ def test_a_model_without_nf4():
     assert budget.dense is None
 
 
+@pytest.mark.extended
 def test_under_a_budget(matmul):
     model, ids = compile_models.make(), tokens()
     wanted = step(model, ids)
@@ -117,6 +118,7 @@ def test_under_a_budget(matmul):
     assert held(model) == 0 and memory() is None
 
 
+@pytest.mark.extended
 def test_who_needs_the_memory_gets_it_back(matmul):
     model, ids = compile_models.make(), tokens(2, 8)
     wanted = step(model, ids)
