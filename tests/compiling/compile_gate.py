@@ -1,6 +1,6 @@
 """Traces Unsloth's training step, forward and loss, on a card that is not there, and counts graphs and breaks.
 
-    python tests/compiling/compile_gate.py [--batches 64] [--packings 64] [--checkpointing unsloth] [--scope step]
+    python tests/compiling/compile_gate.py [--batches 64] [--packings 64] [--checkpointing unsloth] [--scope step] [--seed 1]
 
 64 random (batch, length) and 64 random packings of a row go through one `compile_model` each way. Lengths that fill cuDNN's bucket are
 among them, but not first (attention_patch.py: a graph that is traced with one is for those alone). The last line is JSON.
@@ -41,7 +41,7 @@ def report_of(model, scope, batches):
 def padded(number):
     batch, length = random.choice((1, 2, 3, 4, 8)), random.randint(2, card.MAX_LENGTH)
     if number < 2:  # the first of one row, and of several
-        batch, length = number + 1, length + (length % card.BUCKET == 0)
+        batch, length = number + 1, length - (length % card.BUCKET == 0)
     elif number % 8 == 0:
         length = card.BUCKET * random.randint(1, card.MAX_LENGTH // card.BUCKET)
 
@@ -84,8 +84,10 @@ def main():
     parser.add_argument("--checkpointing", choices=("unsloth", "True", "False"), default="False")
     parser.add_argument("--scope", choices=("step", "block"), default="step")
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--seed", type=int, help="of the shapes; any if left out")
     parser.add_argument("--family", choices=card.FAMILIES, default="llama")
     options = parser.parse_args()
+    random.seed(options.seed)
     checkpointing = {"True": True, "False": False}.get(options.checkpointing, options.checkpointing)
     model = card.model(options.family, options.layers, checkpointing)
     found = {}
