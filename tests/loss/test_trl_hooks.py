@@ -114,7 +114,7 @@ def test_what_is_not_ours_goes_to_trl_as_it_came(reason, monkeypatch):
         served_by(None).apply(*arguments)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: make setup")
 def test_ten_steps_of_grpo_and_dpo_log_what_trls_own_log(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("UNSLOTH", "TRITON"))}
