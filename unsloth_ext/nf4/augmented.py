@@ -229,13 +229,9 @@ def _run_pitched(packed, state: NF4State, out: torch.Tensor) -> bool:
         if (go := _pitched[key]) is _THROUGH_TRITON or dequantization._hooked(launch):
             launch_pitched(*key, packed, state.absmax, state.code2, state.absmax2, offset, out, n)
         else:
-            stream, codes, programs = (
-                torch._C._cuda_getCurrentRawStream(index),
-                launch.codes(index),
-                -(-n // variant.tile),
-            )
-            go(programs, stream, *addresses, codes.data_ptr(), out.data_ptr(), n)
-            repeated.remember(packed, state, offset, out, go, programs, codes.data_ptr())
+            programs, codes = -(-n // variant.tile), launch.codes(index).data_ptr()
+            go(programs, torch._C._cuda_getCurrentRawStream(index), *addresses, codes, out.data_ptr(), n)
+            repeated.remember(packed, state, offset, out, go, programs, codes)
     return True
 
 

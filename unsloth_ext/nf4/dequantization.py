@@ -109,10 +109,10 @@ def run(packed: torch.Tensor, state: NF4State, out: torch.Tensor, quant_state=No
         launch.launch(variant, packed, state.absmax, state.code2, state.absmax2, offset, out, n)
         return True
     with torch.cuda.device(index):
-        stream, codes, programs = torch._C._cuda_getCurrentRawStream(index), launch.codes(index), -(-n // variant.tile)
-        go(programs, stream, *addresses, codes.data_ptr(), out.data_ptr(), n)
+        programs, codes = -(-n // variant.tile), launch.codes(index).data_ptr()
+        go(programs, torch._C._cuda_getCurrentRawStream(index), *addresses, codes, out.data_ptr(), n)
     if variant.wide:
-        repeated.remember(packed, state, offset, out, go, programs, codes.data_ptr())
+        repeated.remember(packed, state, offset, out, go, programs, codes)
     if quant_state is not None and offset is state.offset and type(quant_state) is not list and variant.wide:
         if out.dtype is state.dtype:
             _remember(quant_state, state, packed, variant, go)

@@ -1,7 +1,7 @@
 """The kernel's launch for fields like those of an earlier call: an operator in a graph has no quant_state that a plan could hang on.
 
 What `check` and the choice of a variant look at, but for the addresses, is a key; what passed once with a key passes again. So a call
-of the operator costs the host a third, and weights that move, as sharded ones do with each gather, need nothing new.
+of the operator costs the host about half, and weights that move, as sharded ones do with each gather, need nothing new.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 __all__ = ["again", "forget", "remember", "without_overrides"]
 
 _MOST = 4096
-_known: dict = {}  # layout -> (go, programs, elements, address of the codes, alignment of the packed bytes minus one, Triton's hooks)
-without_overrides = (
-    torch._C.DisableTorchFunctionSubclass
-)  # a parameter of bitsandbytes sends each method call through Python
+# layout -> (go, programs, elements, address of the codes, alignment of the packed bytes minus one, Triton's hooks)
+_known: dict = {}
+# A parameter of bitsandbytes sends each method call through Python.
+without_overrides = torch._C.DisableTorchFunctionSubclass
 
 
 def _layout(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, out):
