@@ -7,6 +7,7 @@ import fsdp2_models as models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from unsloth_ext.fsdp2.checkpoint_index import CheckpointIndex
 
@@ -26,7 +27,11 @@ def _identical(rank, world, folder, nested=True):
     assert set(found) == set(expected)
     four_bit = 0
     for name, parameter in found.items():
-        assert torch.equal(parameter.data, expected[name].data), name
+        value = parameter.data
+        if isinstance(value, DTensor):  # the embedding of cards that read each other's rows is never whole
+            assert name.endswith("embed_tokens.weight") and device.type == "cuda", name
+            value = value.full_tensor()
+        assert torch.equal(value, expected[name].data), name
         if (state := getattr(expected[name], "quant_state", None)) is not None:
             other, four_bit = parameter.quant_state, four_bit + 1
             assert torch.equal(state.absmax, other.absmax) and torch.equal(state.code, other.code), name

@@ -283,7 +283,8 @@ def _exchanged(rank, world, cuda=False):
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     most = 1 << 20 if cuda else 1 << 12
     gather, reduce = StagedAllGather([], most * 4, world), StagedReduceScatter([], most * 4 * (world - 1), world)
-    assert connect([], default_mesh(), others=[gather, reduce]) is None
+    reason = connect([], default_mesh(), others=[gather, reduce])
+    assert reason is None, reason
     group, seed = dist.group.WORLD, torch.Generator().manual_seed(3)
     streams = [torch.cuda.Stream(device) for _ in range(2)] if cuda else [None]
     busy = torch.randn(2048, 2048, device=device) if cuda else None
