@@ -19,6 +19,8 @@ class CompileReport:
     recompiles: graphs beyond the first of each region. reasons: for each of them the guard that failed, as Dynamo words it.
     compile_seconds: forward and backward compiles together.
     compiled_calls: calls of a region that ran compiled. plain_calls: those that did not, by reason ("evaluation", "cache").
+    shared_layers: in step scope, how many layers are operators with graphs of their own, which layers that are alike share and which are
+    among `graphs`. not_shared: why none is, where it was tried.
     recorded_forwards: forwards of the model that ran as CUDA graphs. unrecorded: with cuda_graphs, those that did not, by reason.
     """
 
@@ -33,6 +35,8 @@ class CompileReport:
     reasons: tuple[str, ...]
     recorded_forwards: int = 0
     unrecorded: dict[str, int] = field(default_factory=dict)
+    shared_layers: int = 0
+    not_shared: str | None = None
 
     def __str__(self) -> str:
         plain = ", ".join(f"{count} plain ({why})" for why, count in self.plain_calls.items())
@@ -41,6 +45,10 @@ class CompileReport:
             f"{self.recompiles} recompiles, {self.compile_seconds:.1f} s to compile; "
             f"{self.compiled_calls} calls compiled{', ' + plain if plain else ''}"
         ]
+        if self.shared_layers:
+            lines.append(f"  {self.shared_layers} layers compiled by kind, not one by one")
+        if self.not_shared:
+            lines.append(f"  each layer compiled by itself: {self.not_shared}")
         if self.recorded_forwards or self.unrecorded:
             others = "".join(f", {count} not ({why})" for why, count in self.unrecorded.items())
             lines.append(f"  CUDA graphs: {self.recorded_forwards} forwards{others}")
@@ -78,8 +86,8 @@ class Ledger:
                 if record.recompile_reason:
                     self.reasons[id] = record.recompile_reason
 
-    def report(self, scope: str, recording) -> CompileReport:
-        """recording: the model's `CudaGraphs`."""
+    def report(self, scope: str, recording, shared=None) -> CompileReport:
+        """recording: the model's `CudaGraphs`. shared: its `SharedLayers`, if any."""
         self.collect()
         graphs = sum(self.graphs.values())
         return CompileReport(
@@ -94,4 +102,6 @@ class Ledger:
             reasons=tuple(self.reasons.values()),
             recorded_forwards=recording.used,
             unrecorded=dict(recording.plain),
+            shared_layers=shared.count if shared else 0,
+            not_shared=shared.given_up if shared else None,
         )

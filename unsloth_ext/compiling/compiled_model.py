@@ -1,7 +1,7 @@
 """A causal language model's training step through torch.compile, whole or layer by layer, with nothing left to chance.
 
     compiled = compile_model(model)                 # one region a decoder class: compiles in seconds
-    compiled = compile_model(model, scope="step")   # forward and loss in one graph: compiles longer
+    compiled = compile_model(model, scope="step")   # forward and loss in one graph
     ... train as before, with `model` ...
     print(compiled.report())
     compiled.restore()
@@ -16,6 +16,7 @@ towards its limit.
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from .compile_report import CompileReport, Ledger
 from .constant_outputs import constants_among_outputs
 from .input_gradients import trace_input_gradients
 from .packed import packed_arguments
+from .shared_layers import SharedLayers
 from .symbolic_memo import remembered_arithmetic
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
@@ -52,10 +54,11 @@ class CompiledModel:
         self._graphs = graphs
         self._replaced: list[tuple[torch.nn.Module, Any]] = []
         self._undo: Callable[[], None] | None = None
+        self._shared: SharedLayers | None = None
 
     def report(self) -> CompileReport:
         """Graphs, breaks, recompiles with their reasons, seconds to compile, calls compiled and not."""
-        return self._ledger.report(self.scope, self._graphs)
+        return self._ledger.report(self.scope, self._graphs, self._shared)
 
     def restore(self) -> None:
         """Give the model its own forwards back. The graphs are freed with the last reference to this object."""
@@ -85,6 +88,7 @@ def compile_model(
     cuda_graphs: bool | str = False,
     backend: str | Callable = "inductor",
     options: dict[str, Any] | None = None,
+    shared_layers: bool = True,
 ) -> CompiledModel:
     """Compile a model's training step in place.
 
@@ -95,6 +99,9 @@ def compile_model(
         and loss stay as they are. "step" compiles the model's whole forward, with the loss where labels are given.
     dynamic: True for one graph for all lengths and all batch sizes above 1; False for one a shape; None lets Dynamo decide.
     fullgraph: False lets graphs break; report() counts the breaks.
+    shared_layers: False for a graph of a step with each layer's operations in it. True, with Inductor and without cuda_graphs: a
+        layer is one operator there, compiled once for all layers that are alike (shared_layers.py), so that the step compiles in a
+        fraction of the time and runs the kernels of block scope. Where layers cannot be that, report() says why, and it is as with False.
     cuda_graphs: True records batches whose shape repeats as CUDA graphs, with dense or padded rows and without checkpointing, and
         replays them; "auto" does so on one card where the step takes no more than half of its memory. All other batches run as
         without it, for reasons that report() counts (cuda_graphs.py). Worth it where the host is the limit: small models, short
@@ -128,6 +135,8 @@ def compile_model(
             f"the forward of {taken[0]} was replaced by {model.get_submodule(taken[0]).forward!r}",
             "Call compile_model before memory_budget and before whatever else wraps the layers.",
         )
+    for layer in layers:
+        _sizes_are_fixed(layer)
     ledger = Ledger()
     graphs = recording.CudaGraphs(model, inner.model, cuda_graphs)
     compiled = CompiledModel(model, scope, ledger, graphs)
@@ -149,6 +158,11 @@ def compile_model(
             _own_code(function), fullgraph=fullgraph, dynamic=dynamic, backend=ledger.counted(chosen, name)
         )
 
+    def alone(function, name, chosen):
+        copy = _own_code(function)
+        run = torch.compile(copy, fullgraph=fullgraph, dynamic=dynamic, backend=ledger.counted(chosen, name))
+        return functools.partial(_explained, model, ledger, run), copy.__code__
+
     try:
         for layer in layers:
             # Inside Unsloth's own compile of the layers ours would be one with its flags in it.
@@ -159,7 +173,10 @@ def compile_model(
 
             named = _Named()
             run = region(named.forward, type(model).__name__)
-            compiled._replace(model, _step(model, inner, own, named, run, ledger, graphs))
+            if shared_layers and backend == "inductor" and fullgraph and not cuda_graphs and len(layers) > 1:
+                plain = {kind: _plain_forward(kind) for kind in dict.fromkeys(map(type, layers))}
+                compiled._shared = SharedLayers(layers, plain, OPTIONS | _fusing() | (options or {}), dynamic, alone)
+            compiled._replace(model, _step(model, inner, own, named, run, ledger, graphs, compiled._shared))
         else:
             regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
             for layer in layers:
@@ -213,6 +230,18 @@ class _Named:
 
 def _forward(kwargs):
     return own(**kwargs)  # noqa: F821
+
+
+def _sizes_are_fixed(layer: torch.nn.Module) -> None:
+    """Tell Dynamo that a quantised weight's other tensors have no dynamic sizes, as it takes for granted of the weight: two symbols for
+    each weight of the model otherwise, of which no graph makes anything."""
+    for parameter in layer.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            for tensor in vars(state).values():
+                if isinstance(tensor, torch.Tensor):
+                    torch._dynamo.mark_static(tensor)
+            state = getattr(state, "state2", None)
 
 
 def _fusing() -> dict[str, Any]:
@@ -278,6 +307,12 @@ def _settings():
 
 
 def _run(root: torch.nn.Module, ledger: Ledger, function: Callable, *args, **kwargs):
+    result = _explained(root, ledger, function, *args, **kwargs)
+    ledger.compiled_calls += 1
+    return result
+
+
+def _explained(root: torch.nn.Module, ledger: Ledger, function: Callable, *args, **kwargs):
     graphs = ledger.graphs.total()
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     try:
@@ -289,7 +324,6 @@ def _run(root: torch.nn.Module, ledger: Ledger, function: Callable, *args, **kwa
         ledger.breaks += sum(torch._dynamo.utils.counters["graph_break"].values()) - breaks
         if ledger.graphs.total() != graphs:
             ledger.collect()
-    ledger.compiled_calls += 1
     return result
 
 
@@ -301,7 +335,7 @@ def _why_plain(module: torch.nn.Module, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _step(model, inner, own, named, compiled, ledger, graphs):
+def _step(model, inner, own, named, compiled, ledger, graphs, shared):
     names = list(_parameters(own))
 
     def forward(*args, **kwargs):
@@ -314,7 +348,9 @@ def _step(model, inner, own, named, compiled, ledger, graphs):
         kwargs = _before_unsloth(inner.model, packed_arguments(kwargs))
         recorded = graphs.begin(kwargs)
         with named.of(own):
-            output = _run(model, ledger, compiled[recorded], kwargs)
+            run = functools.partial(_explained, model, ledger, compiled[recorded], kwargs)
+            output = run() if shared is None else shared.step(run)
+        ledger.compiled_calls += 1
         return recording.copied_out(output) if recorded else output
 
     return forward

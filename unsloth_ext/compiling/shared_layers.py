@@ -1,0 +1,405 @@
+"""Layers that are alike, compiled once within the one graph of a step.
+
+A graph of a whole step has each layer's operations anew, and each costs Dynamo, AOTAutograd and Inductor as much as the first one's:
+three minutes for 32 layers. Here a layer is one operator in that graph, `layer_forward`, and one in its backward, whose kernels come
+from a compile of the layer alone, as in block scope, and are every like layer's. (torch has the idea as `nested_compile_region`, which
+with symbolic lengths takes each layer for another one on 2.11 and fails on 2.13: benchmarks/NOTES.md.)
+
+How it goes: Dynamo traces the step and comes to a layer with arguments of a form that is not known. It stops there, and all layers are
+compiled by torch.compile with stand-ins for such arguments, tensors without contents, as nothing is run. A reader around Inductor's compiler notes
+what a graph wants, gives and keeps for its backward, and which of the layer's tensors each input is. Then the step is traced again,
+and where the form is known the layer's forward is a call of the operator with those tensors.
+
+What the small graph took for granted is asked for again in the large one: forms and sizes of arguments by branches that Dynamo guards,
+everything else by the small graph's own guards, which `holds` checks after each step's forward, while the card works: a scale or an
+adapter that was changed in between is noticed before the loss is given out, and the step is traced anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dynamo.comptime import comptime
+
+from .compile_failure import CompileError
+from .layer_region import Leaf, Region, RegionBackend, Unsuitable, leaves_of, map_leaves
+from .layer_tensors import find_tensors, same_tensor
+
+__all__ = ["SharedLayers"]
+
+_library = torch.library.Library("unsloth_ext", "FRAGMENT")
+for _schema in (
+    "layer_forward(Tensor[] tensors, int call) -> Tensor[]",
+    "layer_backward(Tensor[] inputs, Tensor[] made, Tensor gradient, int call) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+_calls: weakref.WeakValueDictionary[int, _Call] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_MOST_FORMS = 16  # of calls, of one model
+
+
+@dataclass(eq=False)
+class _Call:
+    """A layer with one form of arguments: its region, and where the region's inputs come from."""
+
+    layer: weakref.ref
+    region: Region
+    places: list[int]  # of each of the region's tensor inputs among the operator's
+    guards: Any  # Dynamo's, of the layer compiled alone
+    self_name: str
+    names: dict[str, Any]  # the locals that they look at, without the layer, with a `Leaf` for each tensor
+    form: _Form
+    used: bool = False
+    number: int = field(default_factory=_numbers.__next__)
+
+    def __post_init__(self):
+        _calls[self.number] = self
+
+
+def _forward(tensors, call):
+    one = _calls[call]
+    one.used = True
+    return one.region.run([tensors[i] for i in one.places])
+
+
+def _forward_fake(tensors, call):
+    one = _calls[call]
+    return one.region.shapes([tensors[i] for i in one.places])
+
+
+def _backward(inputs, made, gradient, call):
+    return _calls[call].region.run_backward(inputs, made, gradient)
+
+
+def _backward_fake(inputs, made, gradient, call):
+    return _calls[call].region.shapes_backward(inputs, made, gradient)
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.call = inputs
+    one = _calls[ctx.call]
+    given = [tensors[one.places[i]] for i in one.region.inputs_for_backward]
+    ctx.given, ctx.tensors = len(given), len(tensors)
+    ctx.save_for_backward(*given, *(output[i] for i in one.region.made_for_backward))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, gradients):
+    result: list = [None] * ctx.tensors
+    if gradients[0] is None:
+        return result, None
+    saved, one = ctx.saved_tensors, _calls[ctx.call]
+    found = torch.ops.unsloth_ext.layer_backward(
+        list(saved[: ctx.given]), list(saved[ctx.given :]), gradients[0], ctx.call
+    )
+    for input, gradient in zip(one.region.inputs_with_gradient, found, strict=True):
+        place = one.places[input]
+        result[place] = gradient if result[place] is None else result[place] + gradient
+    return result, None
+
+
+_library.impl("layer_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("layer_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("unsloth_ext::layer_forward", _forward_fake, lib=_library)
+torch.library.register_fake("unsloth_ext::layer_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("unsloth_ext::layer_forward", _gradients, setup_context=_setup_context, lib=_library)
+
+
+class _Asked(threading.local):
+    """What the trace that goes on in this thread came to and did not know."""
+
+    form: _Form | Unsuitable | None = None
+
+
+_asked = _Asked()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a layer is called. args, kwargs: with a `Leaf` for each tensor."""
+
+    args: tuple
+    kwargs: tuple[tuple[str, Any], ...]
+    grad: bool
+    autocast: tuple  # (device type, whether it is on, dtype)
+
+
+class SharedLayers:
+    """The layers of one model, as operators of whatever graph they are in.
+
+    plain: {class of layers: its own forward}. compile_alone(function, name, backend) -> (compiled, its code object), as compile_model does.
+    """
+
+    def __init__(self, layers, plain: dict[type, Callable], options: dict[str, Any], dynamic, compile_alone):
+        self._layers, self._plain = list(layers), plain
+        self._backends = {kind: RegionBackend(options, dynamic) for kind in plain}
+        self._compiled = {kind: compile_alone(own, kind.__name__, self._backends[kind]) for kind, own in plain.items()}
+        self.given_up: str | None = None  # why
+        self.forget()
+
+    @property
+    def count(self) -> int:
+        """Layers that are operators."""
+        return len({call.layer for call in self._calls})
+
+    def forget(self) -> None:
+        """As at the beginning: no form is known."""
+        self._calls: list[_Call] = []
+        self._forms: list[_Form] = []
+        self._ends: dict[torch.nn.Module, list] = {}  # the end of each layer's chain of forms
+        for layer in self._layers:
+            self._ends[layer] = following = [_unknown]
+            names = {"torch": torch, "plain": self._plain[type(layer)], "following": following}
+            layer.__dict__["forward"] = types.MethodType(_function(_FIRST, names), layer)
+
+    def step(self, run: Callable[[], Any]) -> Any:
+        """run(), a call of the compiled step, once the forms of its layers are known. Where they cannot be operators it is run without."""
+        while self.given_up is None:
+            _asked.form = None
+            for call in self._calls:
+                call.used = False
+            try:
+                result = run()
+                if self._holds():
+                    return result
+                self.forget()
+            except CompileError:
+                form, _asked.form = _asked.form, None
+                if form is None:
+                    raise
+                try:
+                    self._learn(form)
+                except Unsuitable as reason:
+                    self._give_up(str(reason))
+        return run()
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = reason
+        self._calls.clear()
+        self._ends.clear()
+        for layer in self._layers:
+            layer.__dict__["forward"] = types.MethodType(self._plain[type(layer)], layer)
+
+    def _learn(self, form: _Form | Unsuitable) -> None:
+        if isinstance(form, Unsuitable):
+            raise form
+        if form in self._forms:
+            raise Unsuitable("a layer was compiled for a call that then was not found to be such a call")
+        if len(self._forms) == _MOST_FORMS:
+            raise Unsuitable(f"the layers are called in more than {_MOST_FORMS} forms")
+        self._forms.append(form)
+        for layer in self._layers:
+            self._compile(layer, form)
+
+    def _compile(self, layer: torch.nn.Module, form: _Form) -> None:
+        kind = type(layer)
+        run, code = self._compiled[kind]
+        given = {leaf: leaf.stand_in() for leaf in leaves_of((form.args, form.kwargs))}
+        args, kwargs = map_leaves(given.__getitem__, (form.args, dict(form.kwargs)))
+        with form_state(form), self._backends[kind].listening() as heard:
+            result = run(layer, *args, **kwargs)
+            if len(heard) != 1:
+                raise Unsuitable(f"{kind.__name__} is {len(heard)} graphs")
+            region, flat = heard[0]
+            bound = inspect.signature(self._plain[kind]).bind(layer, *form.args, **dict(form.kwargs))
+            bound.apply_defaults()
+            names = {**bound.arguments, **_closed_over(self._plain[kind])}
+            guards = _guards(code, map_leaves(given.__getitem__, names))
+        arguments = list(given.values())
+        own = [x for x in flat if isinstance(x, torch.Tensor) and not any(same_tensor(x, t) for t in arguments)]
+        if (paths := find_tensors(layer, own)) is None:
+            raise Unsuitable(f"{kind.__name__} uses tensors that are not its own")
+        tensors, texts = arguments + own, [None] * len(arguments) + [f"self{path}" for path in paths]
+        places = [
+            next(i for i, t in enumerate(tensors) if same_tensor(x, t)) for x in flat if isinstance(x, torch.Tensor)
+        ]
+        names = {name: value for name, value in names.items() if value is not layer}
+        call = _Call(weakref.ref(layer), region, places, guards, next(iter(bound.arguments)), names, form)
+        self._calls.append(call)
+        following = [_unknown]
+        self._ends[layer][0] = _traced(call, form, texts, result, following)
+        self._ends[layer] = following
+
+    def _holds(self) -> bool:
+        """Whether all that the layers' graphs took for granted of the model is still so."""
+        stand_ins: dict[Leaf, torch.Tensor] = {}
+
+        def stand_in(leaf):
+            if leaf not in stand_ins:
+                stand_ins[leaf] = leaf.stand_in()
+            return stand_ins[leaf]
+
+        for call in self._calls:
+            if call.used:
+                layer = call.layer()
+                names = map_leaves(stand_in, call.names)
+                names[call.self_name] = layer
+                with form_state(call.form):
+                    if layer is None or not call.guards.check(names):
+                        return False
+        return True
+
+
+@contextmanager
+def form_state(form: _Form):
+    kind, on, dtype = form.autocast
+    with torch.set_grad_enabled(form.grad), torch.autocast(kind, dtype=dtype, enabled=on):
+        yield
+
+
+def _closed_over(function) -> dict[str, Any]:
+    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
+
+
+def _guards(code, names):
+    for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
+        if entry.guard_manager.check(names):
+            return entry.guard_manager
+    raise Unsuitable("the guards of a layer's graph cannot be asked")
+
+
+_FIRST = """
+def forward(self, *args, **kwargs):
+    if torch.compiler.is_compiling():
+        return following[0](self, *args, **kwargs)
+    return plain(self, *args, **kwargs)
+"""
+
+
+def _function(text: str, names: dict[str, Any]) -> Callable:
+    exec(compile(text, "<a layer as an operator>", "exec"), names)
+    return names["forward"]
+
+
+def _traced(call: _Call, form: _Form, texts: list, result, following: list) -> Callable:
+    """The layer's forward for calls of this form: a call of the operator."""
+    names: dict[str, Any] = {"torch": torch, "following": following, "sym_max": torch.sym_max, "sym_min": torch.sym_min}
+    kind, on, dtype = form.autocast
+    conditions = [f"torch.is_grad_enabled() == {form.grad}", f"torch.is_autocast_enabled({kind!r}) == {on}"]
+    if on:
+        conditions.append(f"torch.get_autocast_dtype({kind!r}) == {_constant(dtype, names)}")
+    texts = list(texts)
+    _same_form("args", form.args, conditions, texts, names)
+    _same_form("kwargs", dict(form.kwargs), conditions, texts, names)
+    sizes = call.region.conditions([texts[i] for i in call.places])
+    return _function(
+        "\n".join(
+            [
+                "def forward(self, *args, **kwargs):",
+                f"    if {' and '.join(conditions)}:",
+                f"        if {' and '.join(sizes) or 'True'}:",
+                f"            made = torch.ops.unsloth_ext.layer_forward([{', '.join(texts)}], {call.number})",
+                f"            return {_returned(result)}",
+                "    return following[0](self, *args, **kwargs)",
+            ]
+        ),
+        names,
+    )
+
+
+def _same_form(text: str, value, conditions: list[str], texts: list, names: dict[str, Any]) -> None:
+    """Conditions under which the expression `text` has the form of `value`, and texts of its tensors."""
+    if isinstance(value, Leaf):
+        texts[value.index] = text
+        dtype = _constant(value.dtype, names)
+        conditions += [
+            f"isinstance({text}, torch.Tensor)",
+            f"{text}.ndim == {len(value.sizes)}",
+            f"{text}.dtype == {dtype}",
+            f"{text}.requires_grad == {value.requires_grad}",
+        ]
+    elif isinstance(value, dict):
+        conditions.append(f"len({text}) == {len(value)}")
+        for key, item in value.items():
+            conditions.append(f"{key!r} in {text}")
+            _same_form(f"{text}[{key!r}]", item, conditions, texts, names)
+    elif isinstance(value, tuple | list):
+        conditions.append(f"len({text}) == {len(value)}")
+        for i, item in enumerate(value):
+            _same_form(f"{text}[{i}]", item, conditions, texts, names)
+    elif value is None or isinstance(value, bool):
+        conditions.append(f"{text} is {value}")
+    else:
+        conditions.append(f"{text} == {_constant(value, names)}")
+
+
+def _constant(value, names: dict[str, Any]) -> str:
+    if isinstance(value, torch.dtype):
+        name = str(value).replace("torch.", "dtype_")
+        names[name] = value
+        return name
+    return repr(value)
+
+
+def _returned(result) -> str:
+    texts: list[str] = []
+
+    def text(value) -> str:
+        if isinstance(value, torch.Tensor):
+            texts.append("made[0]")
+            return texts[-1]
+        if type(value) is tuple:
+            return f"({''.join(text(x) + ', ' for x in value)})"
+        if value is None:
+            return "None"
+        raise Unsuitable(f"a layer returns a {type(value).__name__}")
+
+    found = text(result)
+    if len(texts) != 1:
+        raise Unsuitable(f"a layer returns {len(texts)} tensors")
+    return found
+
+
+def _unknown(self, *args, **kwargs):
+    """The end of each chain. Traced, it notes how the layer is called."""
+    comptime(_note)
+    raise RuntimeError("this layer has not been compiled for such a call")
+
+
+def _note(context) -> None:
+    try:
+        leaves = itertools.count()
+        args = _form_of(context.get_local("args")._ComptimeVar__variable, leaves)
+        kwargs = _form_of(context.get_local("kwargs")._ComptimeVar__variable, leaves)
+        devices = {leaf.device.type for leaf in leaves_of((args, kwargs))}
+        if len(devices) != 1:
+            raise Unsuitable(f"a layer's arguments are on {sorted(devices) or 'no device'}")
+        kind = devices.pop()
+        autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        _asked.form = _Form(args, tuple(kwargs.items()), torch.is_grad_enabled(), autocast)
+    except Unsuitable as reason:
+        _asked.form = reason
+
+
+def _form_of(variable, leaves):
+    from torch._dynamo import variables
+
+    if hasattr(variable, "realize"):
+        variable = variable.realize()
+    if isinstance(variable, variables.TensorVariable):
+        fake = variable.as_proxy().node.meta["example_value"]
+        return Leaf(
+            next(leaves), _hints(fake.shape), _hints(fake.stride()), fake.dtype, fake.device, fake.requires_grad
+        )
+    if isinstance(variable, variables.ConstantVariable):
+        if variable.value is None or isinstance(variable.value, bool | int | float | str | torch.dtype):
+            return variable.value
+    elif isinstance(variable, variables.ConstDictVariable):
+        return {key.vt.as_python_constant(): _form_of(value, leaves) for key, value in variable.items.items()}
+    elif type(variable) is variables.TupleVariable or type(variable) is variables.ListVariable:
+        return tuple(_form_of(item, leaves) for item in variable.items)
+    raise Unsuitable(f"a layer is called with a {type(variable).__name__}")
+
+
+def _hints(sizes) -> tuple[int, ...]:
+    return tuple(x if isinstance(x, int) else x.node.hint for x in sizes)
