@@ -220,6 +220,8 @@ def measure(case: str, variant: str, folder: Path, steps: int, lock: str | None 
     if compiled is not None:
         report = compiled.report()
         row |= {"graphs": report.graphs, "breaks": report.breaks, "compile s": round(report.compile_seconds, 1)}
+        if scope == "step":
+            row |= {"layers compiled by kind": report.shared_layers, "not by kind": report.not_shared}
         if graphs and cuda:
             row |= {"recorded forwards": report.recorded_forwards, "not recorded": report.unrecorded}
             row["recordings refused"] = counters["inductor"]["cudagraph_skips"]

@@ -184,6 +184,29 @@ def loss_value(loss):
         return loss().item()
 
 
+def test_a_number_of_a_layer(no_code, monkeypatch):
+    import transformers.models.llama.modeling_llama as llama
+
+    original = llama.LlamaDecoderLayer.forward
+
+    def forward(self, hidden_states, **kwargs):  # the number is an input of the layer's graph
+        return original(self, hidden_states, **kwargs) * (self.self_attn.number + hidden_states.shape[1])
+
+    monkeypatch.setattr(llama.LlamaDecoderLayer, "forward", forward)
+    model, batches = _ready(layers=2, four_bit=False)
+    layers = model.base_model.model.model.layers
+    for layer in layers:
+        layer.self_attn.number = 3
+    wanted = [model(**one).loss.item() for one in batches]
+    compiled = compile_model(model, "step")
+    found = [model(**one).loss.item() for one in batches]
+    assert found == pytest.approx(wanted, rel=EXACT) and compiled.report().shared_layers == 2
+    layers[0].self_attn.number = 500
+    found = model(**batches[0]).loss.item()
+    compiled.restore()
+    assert found == pytest.approx(model(**batches[0]).loss.item(), rel=EXACT) and found != pytest.approx(wanted[0])
+
+
 def test_layers_that_cannot_be_operators_are_compiled_one_by_one(no_code, monkeypatch):
     import transformers.models.llama.modeling_llama as llama
 

@@ -6,6 +6,7 @@ tensors, for operators. Saved values are known by name: a value of the forward g
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -126,7 +127,8 @@ class Region:
             kinds = {str(info.output_type) for info in facts.output_info}
             if facts.num_mutated_inp_runtime_indices or kinds != {"OutputType.non_alias"} or facts.tokens:
                 raise Unsuitable(f"a layer's graph writes to its inputs or returns parts of them ({kinds})")
-        symbols = _Symbols([value for _, value in self._inputs if isinstance(value, torch.Tensor)])
+        constants: dict = {}
+        symbols = _Symbols([value for _, value in self._inputs if isinstance(value, torch.Tensor)], constants)
         self._symbols = symbols
         self.tensor_inputs = [i for i, (_, value) in enumerate(self._inputs) if isinstance(value, torch.Tensor)]
         self._input_sizes = {
@@ -157,7 +159,7 @@ class Region:
         self.made_for_backward: list[int] = []  # of what `run` gives
         self.inputs_with_gradient: list[int] = []
         if self.backward is not None:
-            self._finish_backward(place, made_at)
+            self._finish_backward(place, made_at, constants)
         elif len(self._outputs) != 1:
             raise Unsuitable("a layer gives more than one tensor")
         self.finished = True
@@ -166,9 +168,10 @@ class Region:
         if self.backward is not None:
             del self._backward_inputs, self._gradients
 
-    def _finish_backward(self, place, made_at) -> None:
+    def _finish_backward(self, place, made_at, constants) -> None:
         tensor_number = {i: n for n, i in enumerate(self.tensor_inputs)}
-        symbols = _Symbols([value for _, value in self._backward_inputs if isinstance(value, torch.Tensor)])
+        tensors = [value for _, value in self._backward_inputs if isinstance(value, torch.Tensor)]
+        symbols = _Symbols(tensors, constants)
         self._backward_symbols = symbols
         self._backward_order, tangents = [], 0
         for name, value in self._backward_inputs:
@@ -256,10 +259,11 @@ def _outputs(graph):
 
 
 class _Symbols:
-    """Sizes of a graph as functions of its tensors'. values: fake tensors."""
+    """Sizes of a graph as functions of its tensors'. values: fake tensors. constants: of the layer, see `_constant`; more are added."""
 
-    def __init__(self, values):
+    def __init__(self, values, constants: dict):
         self._tensors, self.places = values, {}  # symbol -> (tensor, dimension)
+        self.constants = constants  # symbol -> (its value, an expression for it)
         self.shape_env = None
         for number, value in enumerate(values):
             for dimension, size in enumerate(value.shape):
@@ -285,7 +289,22 @@ class _Symbols:
     def _text(self, size, names) -> str:
         if isinstance(size, int):
             return str(size)
-        return _print(size.node.expr if isinstance(size, torch.SymInt) else size, names)
+        expression = size.node.expr if isinstance(size, torch.SymInt) else size
+        if self.shape_env is None and isinstance(size, torch.SymInt):
+            self.shape_env = size.node.shape_env
+        return _print(expression, names | {x: self._constant(x) for x in expression.free_symbols - names.keys()})
+
+    def _constant(self, symbol) -> str:
+        """The value of a number that the graph read from the layer, a count of heads: a symbol, as the layer is an argument of its graph."""
+        if symbol not in self.constants:
+            sources = self.shape_env.var_to_sources.get(symbol, ())
+            values = getattr(self.shape_env, "backed_var_to_val", None) or self.shape_env.var_to_val
+            words = [source.name if isinstance(source.name, str) else source.name() for source in sources]
+            words = [_plain_words(text) for text in words if "L['self']" in text]
+            if not words or symbol not in values:
+                raise Unsuitable(f"a layer's graph depends on {symbol}, of which neither it nor its tensors tell")
+            self.constants[symbol] = int(values[symbol]), words[0]
+        return str(self.constants[symbol][0])
 
     def conditions(self, tensors: list[str]) -> list[str]:
         names = {symbol: f"{tensors[number]}.shape[{dimension}]" for symbol, (number, dimension) in self.places.items()}
@@ -309,6 +328,7 @@ class _Symbols:
                 if expression in (True, False):
                     continue
                 found.append(self._text(expression, names))
+        found += [f"{text} == {value}" for value, text in self.constants.values()]
         return list(dict.fromkeys(found))
 
 
@@ -335,9 +355,6 @@ class _Template:
 def _print(expression, names) -> str:
     from torch.utils._sympy.printers import PythonPrinter
 
-    if unknown := expression.free_symbols - names.keys():
-        raise Unsuitable(f"a layer's graph depends on {unknown}, of which none of its tensors tells")
-
     class Printer(PythonPrinter):
         def _print_Symbol(self, symbol):
             return names[symbol]
@@ -355,6 +372,13 @@ def _print(expression, names) -> str:
             return text
 
     return Printer().doprint(expression)
+
+
+def _plain_words(source: str) -> str:
+    """Dynamo's name of a number in a layer, as an expression after `self`."""
+    while (found := re.search(r"object\.__getattribute__\(((?:[^()]|\([^()]*\))*), '(\w+)'\)", source)) is not None:
+        source = source[: found.start()] + f"{found[1]}.{found[2]}" + source[found.end() :]
+    return source.replace("L['self']", "self")
 
 
 def leaves_of(value) -> list[Leaf]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import threading
 import types
 import weakref
@@ -35,6 +36,8 @@ from .layer_region import Leaf, Region, RegionBackend, Unsuitable, leaves_of, ma
 from .layer_tensors import find_tensors, same_tensor
 
 __all__ = ["SharedLayers"]
+
+logger = logging.getLogger(__name__)
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
@@ -185,6 +188,7 @@ class SharedLayers:
 
     def _give_up(self, reason: str) -> None:
         self.given_up = reason
+        logger.warning("compile_model compiles each layer by itself, which takes longer: %s", reason)
         self._calls.clear()
         self._ends.clear()
         for layer in self._layers:
