@@ -1,5 +1,6 @@
 """Layers as operators of a step's graph: the uncompiled losses and gradients, each kind of layer compiled once, and no call taken for another."""
 
+import functools
 import gc
 import weakref
 
@@ -187,10 +188,11 @@ def loss_value(loss):
 def test_a_number_of_a_layer(no_code, monkeypatch):
     import transformers.models.llama.modeling_llama as llama
 
-    original = llama.LlamaDecoderLayer.forward
+    original, more = llama.LlamaDecoderLayer.forward, "one"
 
-    def forward(self, hidden_states, **kwargs):  # the number is an input of the layer's graph
-        return original(self, hidden_states, **kwargs) * (self.self_attn.number + hidden_states.shape[1])
+    @functools.wraps(original)  # as Unsloth wraps it
+    def forward(self, *args, **kwargs):  # the number is an input of the layer's graph
+        return original(self, *args, **kwargs) * (self.self_attn.number + args[0].shape[1] + len(more))
 
     monkeypatch.setattr(llama.LlamaDecoderLayer, "forward", forward)
     model, batches = _ready(layers=2, four_bit=False)

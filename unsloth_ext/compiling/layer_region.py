@@ -300,10 +300,10 @@ class _Symbols:
             sources = self.shape_env.var_to_sources.get(symbol, ())
             values = getattr(self.shape_env, "backed_var_to_val", None) or self.shape_env.var_to_val
             words = [source.name if isinstance(source.name, str) else source.name() for source in sources]
-            words = [_plain_words(text) for text in words if "L['self']" in text]
-            if not words or symbol not in values:
-                raise Unsuitable(f"a layer's graph depends on {symbol}, of which neither it nor its tensors tell")
-            self.constants[symbol] = int(values[symbol]), words[0]
+            own = [_plain_words(text) for text in words if "L['self']" in text]
+            if not own or symbol not in values:
+                raise Unsuitable(f"a layer's graph depends on {' or '.join(words) or symbol}")
+            self.constants[symbol] = int(values[symbol]), own[0]
         return str(self.constants[symbol][0])
 
     def conditions(self, tensors: list[str]) -> list[str]:

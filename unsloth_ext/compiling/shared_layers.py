@@ -215,7 +215,9 @@ class SharedLayers:
             if len(heard) != 1:
                 raise Unsuitable(f"{kind.__name__} is {len(heard)} graphs")
             region, flat = heard[0]
-            bound = inspect.signature(self._plain[kind]).bind(layer, *form.args, **dict(form.kwargs))
+            # Of the function itself: Dynamo's names are those of its code, also where it says that it wraps another.
+            signature = inspect.signature(self._plain[kind], follow_wrapped=False)
+            bound = signature.bind(layer, *form.args, **dict(form.kwargs))
             bound.apply_defaults()
             names = {**bound.arguments, **_closed_over(self._plain[kind])}
             guards = _guards(code, map_leaves(given.__getitem__, names))
