@@ -67,6 +67,24 @@ def test_checkpointing(scope):
     assert models.worst_difference(models.step(model, *batches), wanted) == 0
 
 
+def test_seconds_of_a_compile_and_of_what_is_tuned_after_it():
+    from unsloth_ext.compiling.compile_report import Ledger
+
+    ledger, metrics = Ledger(), torch._dynamo.utils
+    ledger._ids.add("7/0")
+    for begin, end, later in (
+        (1e9, 31e9, False),
+        (40e9, 40.5e9, True),
+    ):  # as torch records a kernel's tuning, when it first runs
+        facts = {"compile_id": torch._guards.CompileId(frame_id=7, frame_compile_id=0), "is_forward": True, "is_runtime": later}
+        metrics.record_compilation_metrics(
+            int(begin), int(end), facts | {"duration_us": int(end - begin) // 1000}, None, None
+        )
+    ledger.collect()
+    ledger.collect()  # the same records again
+    assert sum(ledger.seconds.values()) == pytest.approx(30.5)
+
+
 def test_many_shapes_share_two_graphs():
     model = models.make(layers=1, four_bit=False, lora=False)
     compiled = compile_model(model, "step", backend="aot_eager")

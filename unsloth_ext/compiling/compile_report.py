@@ -63,7 +63,9 @@ class Ledger:
     breaks: int = 0
     compiled_calls: int = 0
     plain_calls: Counter = field(default_factory=Counter)
-    seconds: dict = field(default_factory=dict)  # (compile id, forward?) -> seconds
+    seconds: dict = field(
+        default_factory=dict
+    )  # (compile id, forward?, begin) -> seconds: kernels are tuned later, in records of their own
     reasons: dict = field(default_factory=dict)  # compile id -> reason
     _ids: set = field(default_factory=set)
 
@@ -82,7 +84,7 @@ class Ledger:
         for record in torch._dynamo.utils.get_compilation_metrics():
             id = str(record.compile_id)
             if id in self._ids:
-                self.seconds[id, record.is_forward] = (record.duration_us or 0) / 1e6
+                self.seconds[id, record.is_forward, record.start_time_us] = (record.duration_us or 0) / 1e6
                 if record.recompile_reason:
                     self.reasons[id] = record.recompile_reason
 

@@ -159,6 +159,7 @@ class SharedLayers:
         """As at the beginning: no form is known."""
         self._calls: list[_Call] = []
         self._forms: list[_Form] = []
+        self._names: dict[tuple[type, int], dict] = {}  # by class and form
         self._ends: dict[torch.nn.Module, list] = {}  # the end of each layer's chain of forms
         for layer in self._layers:
             self._ends[layer] = following = [_unknown]
@@ -229,7 +230,7 @@ class SharedLayers:
         places = [
             next(i for i, t in enumerate(tensors) if same_tensor(x, t)) for x in flat if isinstance(x, torch.Tensor)
         ]
-        names = {name: value for name, value in names.items() if value is not layer}
+        names = self._names.setdefault((kind, id(form)), {name: x for name, x in names.items() if x is not layer})
         call = _Call(weakref.ref(layer), region, places, guards, next(iter(bound.arguments)), names, form)
         self._calls.append(call)
         following = [_unknown]
@@ -238,20 +239,17 @@ class SharedLayers:
 
     def _holds(self) -> bool:
         """Whether all that the layers' graphs took for granted of the model is still so."""
-        stand_ins: dict[Leaf, torch.Tensor] = {}
-
-        def stand_in(leaf):
-            if leaf not in stand_ins:
-                stand_ins[leaf] = leaf.stand_in()
-            return stand_ins[leaf]
-
-        for call in self._calls:
-            if call.used:
-                layer = call.layer()
-                names = map_leaves(stand_in, call.names)
-                names[call.self_name] = layer
-                with form_state(call.form):
-                    if layer is None or not call.guards.check(names):
+        for form in self._forms:
+            calls = [call for call in self._calls if call.used and call.form is form]
+            given = {leaf: leaf.stand_in() for leaf in leaves_of((form.args, form.kwargs))} if calls else {}
+            names: dict[int, dict] = {}  # of each kind of layer
+            with form_state(form):
+                for call in calls:
+                    layer = call.layer()
+                    mine = names.get(id(call.names)) or map_leaves(given.__getitem__, call.names)
+                    names[id(call.names)] = mine
+                    mine[call.self_name] = layer
+                    if layer is None or not call.guards.check(mine):
                         return False
         return True
 
