@@ -157,6 +157,9 @@ def main():
                 "graphs": report.graphs,
                 "breaks": report.breaks,
                 "compile_seconds": report.compile_seconds,
+                "graphs_of_the_step": report.graphs_by_region.get(type(model).__name__, 0),
+                "shared_layers": report.shared_layers,
+                "not_shared": report.not_shared,
                 "loss_difference": loss,
                 "gradient_difference": gradients,
             }

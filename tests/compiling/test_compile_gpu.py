@@ -13,7 +13,11 @@ run = functools.partial(on_card, "compile_on_card.py")
 @pytest.mark.parametrize("scope, checkpointing", [("step", "False"), ("step", "True"), ("block", "unsloth")])
 def test_the_uncompiled_numbers(tmp_path, kind, scope, checkpointing):
     found = run(tmp_path, kind, scope, checkpointing)
-    assert found["breaks"] == 0 and found["graphs"] <= 3, found
+    # In step scope each kind of layer is beside the step's graph: for full rows, and for the first layer where its input needs no gradient.
+    assert (
+        found["breaks"] == 0 and found["graphs"] <= (7 if scope == "step" else 3) and found["graphs_of_the_step"] <= 3
+    ), found
+    assert scope == "block" or (found["shared_layers"] > 1 and found["not_shared"] is None), found
     # In bf16 the two round in different places; a wrong or missing term would be of the order of 1.
     assert found["loss_difference"] <= 0.02 and found["gradient_difference"] <= 0.05, found
 
@@ -21,7 +25,8 @@ def test_the_uncompiled_numbers(tmp_path, kind, scope, checkpointing):
 @pytest.mark.parametrize("scope", ["step", "block"])
 def test_packed(tmp_path, scope):
     found = run(tmp_path, "unsloth", scope, "False", "--packed")
-    assert found["breaks"] == 0 and found["graphs"] <= 4, found
+    assert found["breaks"] == 0 and found["graphs"] <= (8 if scope == "step" else 4), found
+    assert found["graphs_of_the_step"] <= 4, found
     assert found["loss_difference"] <= 0.02 and found["gradient_difference"] <= 0.05, found
 
 

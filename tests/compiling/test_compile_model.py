@@ -76,7 +76,11 @@ def test_seconds_of_a_compile_and_of_what_is_tuned_after_it():
         (1e9, 31e9, False),
         (40e9, 40.5e9, True),
     ):  # as torch records a kernel's tuning, when it first runs
-        facts = {"compile_id": torch._guards.CompileId(frame_id=7, frame_compile_id=0), "is_forward": True, "is_runtime": later}
+        facts = {
+            "compile_id": torch._guards.CompileId(frame_id=7, frame_compile_id=0),
+            "is_forward": True,
+            "is_runtime": later,
+        }
         metrics.record_compilation_metrics(
             int(begin), int(end), facts | {"duration_us": int(end - begin) // 1000}, None, None
         )

@@ -19,6 +19,7 @@ class CompileReport:
     recompiles: graphs beyond the first of each region. reasons: for each of them the guard that failed, as Dynamo words it.
     compile_seconds: forward and backward compiles together.
     compiled_calls: calls of a region that ran compiled. plain_calls: those that did not, by reason ("evaluation", "cache").
+    graphs_by_region: of `graphs`, by the name of what was compiled.
     shared_layers: in step scope, how many layers are operators with graphs of their own, which layers that are alike share and which are
     among `graphs`. not_shared: why none is, where it was tried.
     recorded_forwards: forwards of the model that ran as CUDA graphs. unrecorded: with cuda_graphs, those that did not, by reason.
@@ -35,6 +36,7 @@ class CompileReport:
     reasons: tuple[str, ...]
     recorded_forwards: int = 0
     unrecorded: dict[str, int] = field(default_factory=dict)
+    graphs_by_region: dict[str, int] = field(default_factory=dict)
     shared_layers: int = 0
     not_shared: str | None = None
 
@@ -104,6 +106,7 @@ class Ledger:
             reasons=tuple(self.reasons.values()),
             recorded_forwards=recording.used,
             unrecorded=dict(recording.plain),
+            graphs_by_region=dict(self.graphs),
             shared_layers=shared.count if shared else 0,
             not_shared=shared.given_up if shared else None,
         )
