@@ -185,6 +185,7 @@ def loss_value(loss):
         return loss().item()
 
 
+@pytest.mark.extended
 def test_a_number_of_a_layer(no_code, monkeypatch):
     import transformers.models.llama.modeling_llama as llama
 
@@ -265,6 +266,7 @@ def test_the_operators(no_code, monkeypatch):
     torch.library.opcheck(torch.ops.unsloth_ext.layer_forward.default, (tensors, number))
 
 
+@pytest.mark.extended
 def test_a_model_is_freed(no_code):
     model, batches = _ready(layers=2, four_bit=False)
     compiled = compile_model(model, "step")

@@ -84,6 +84,7 @@ def _with_segments(rank, world, folder, gather, expandable):
         return _gathered_bits(rank, world, folder, gather, cuda=True)
     finally:
         os.environ["PYTORCH_ALLOC_CONF"] = before
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")  # the next test has the same process
 
 
 def _moved(rank, world, folder):

@@ -287,7 +287,7 @@ def _function(text: str, names: dict[str, Any]) -> Callable:
 
 def _traced(call: _Call, form: _Form, texts: list, result, following: list) -> Callable:
     """The layer's forward for calls of this form: a call of the operator."""
-    names: dict[str, Any] = {"torch": torch, "following": following, "sym_max": torch.sym_max, "sym_min": torch.sym_min}
+    names: dict[str, Any] = {"torch": torch, "following": following, "sym_max": max, "sym_min": min}
     kind, on, dtype = form.autocast
     conditions = [f"torch.is_grad_enabled() == {form.grad}", f"torch.is_autocast_enabled({kind!r}) == {on}"]
     if on:
@@ -300,8 +300,8 @@ def _traced(call: _Call, form: _Form, texts: list, result, following: list) -> C
         "\n".join(
             [
                 "def forward(self, *args, **kwargs):",
-                f"    if {' and '.join(conditions)}:",
-                f"        if {' and '.join(sizes) or 'True'}:",
+                f"    if {_all(conditions)}:",
+                f"        if {_all(sizes)}:",
                 f"            made = torch.ops.unsloth_ext.layer_forward([{', '.join(texts)}], {call.number})",
                 f"            return {_returned(result)}",
                 "    return following[0](self, *args, **kwargs)",
@@ -309,6 +309,10 @@ def _traced(call: _Call, form: _Form, texts: list, result, following: list) -> C
         ),
         names,
     )
+
+
+def _all(conditions: list[str]) -> str:
+    return " and ".join(f"({condition})" for condition in conditions) or "True"
 
 
 def _same_form(text: str, value, conditions: list[str], texts: list, names: dict[str, Any]) -> None:

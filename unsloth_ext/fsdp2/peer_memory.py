@@ -121,8 +121,9 @@ def _pool():
 
 @contextlib.contextmanager
 def _plain_segments():
-    """Without expandable segments, where the settings of the environment ask for them."""
-    wished = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    """Without expandable segments, where the allocator's settings ask for them: before torch 2.13 only those of the environment are known."""
+    known = getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")
+    wished = known() or os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     change = change or torch._C._cuda_cudaCachingAllocator_set_allocator_settings  # torch 2.10 and older
     if "expandable_segments:true" not in wished.lower().replace(" ", ""):
