@@ -216,16 +216,22 @@ def test_layers_that_cannot_be_operators_are_compiled_one_by_one(no_code, monkey
     original = llama.LlamaDecoderLayer.forward
 
     def forward(self, hidden_states, **kwargs):
-        self.seen = hidden_states[:, :1]  # a tensor beside its output
-        return original(self, hidden_states, **kwargs)
+        found = original(self, hidden_states, **kwargs)
+        self.seen = found * 2  # a tensor beside its output
+        return found
 
     monkeypatch.setattr(llama.LlamaDecoderLayer, "forward", forward)
     model, batches = _ready(layers=2, four_bit=False)
     wanted = models.step(model, *batches)
     compiled = compile_model(model, "step")
     assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
-    report = compiled.report()
-    assert report.shared_layers == 0 and report.not_shared and "each layer compiled by itself" in str(report)
+    report, seen = compiled.report(), model.base_model.model.model.layers[1].seen
+    assert seen.shape[0] == 4 and seen.abs().max() > 0  # of the last batch
+    assert (
+        report.shared_layers == 0
+        and "gives 2 tensors" in report.not_shared
+        and "each layer compiled by itself" in str(report)
+    )
 
 
 @pytest.mark.extended

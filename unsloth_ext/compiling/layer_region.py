@@ -127,6 +127,8 @@ class Region:
             kinds = {str(info.output_type) for info in facts.output_info}
             if facts.num_mutated_inp_runtime_indices or kinds != {"OutputType.non_alias"} or facts.tokens:
                 raise Unsuitable(f"a layer's graph writes to its inputs or returns parts of them ({kinds})")
+            if len(facts.output_info) != 1:  # one that it returns; what it puts into attributes is another
+                raise Unsuitable(f"a layer's graph gives {len(facts.output_info)} tensors")
         constants: dict = {}
         symbols = _Symbols([value for _, value in self._inputs if isinstance(value, torch.Tensor)], constants)
         self._symbols = symbols

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections import deque
 
 import torch
@@ -75,5 +76,5 @@ def _named(child, name: str, item: bool):
         return
     if item:
         yield child, f"[{name!r}]"
-    elif name.isidentifier():
+    elif name.isidentifier() and not keyword.iskeyword(name):
         yield child, f".{name}"

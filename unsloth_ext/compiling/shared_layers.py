@@ -148,6 +148,7 @@ class SharedLayers:
         self._backends = {kind: RegionBackend(options, dynamic) for kind in plain}
         self._compiled = {kind: compile_alone(own, kind.__name__, self._backends[kind]) for kind, own in plain.items()}
         self.given_up: str | None = None  # why
+        self._stale = 0  # steps after which the layers were found changed
         self.forget()
 
     @property
@@ -176,7 +177,11 @@ class SharedLayers:
                 result = run()
                 if self._holds():
                     return result
-                self.forget()
+                self._stale += 1
+                if self._stale > _MOST_FORMS:
+                    self._give_up("what they are compiled for changes from step to step")
+                else:
+                    self.forget()
             except CompileError:
                 form, _asked.form = _asked.form, None
                 if form is None:
