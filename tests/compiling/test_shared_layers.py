@@ -235,6 +235,41 @@ def test_layers_that_cannot_be_operators_are_compiled_one_by_one(no_code, monkey
 
 
 @pytest.mark.extended
+def test_packed(no_code):
+    from unsloth_ext.compiling import use_packed_attention
+
+    model = models.make(layers=2)
+    batches = [models.packed_batch(n) for n in (2, 3, 5)]  # the longest document is a number of its own in each
+    use_packed_attention(model)
+    wanted = models.step(model, *(one | {"use_cache": False} for one in batches))
+    compiled = compile_model(model, "step")
+    assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
+    report = compiled.report()
+    assert report.shared_layers == 2 and report.graphs_by_region[type(model).__name__] == 1, report
+
+
+@pytest.mark.extended
+def test_a_number_that_a_layer_is_called_with(no_code, monkeypatch):
+    # It is a symbol, and no size of a tensor: in the output, in the backward, and in what is known of it.
+    import transformers.models.llama.modeling_llama as llama
+
+    original = llama.LlamaDecoderLayer.forward
+
+    def forward(self, hidden_states, times=1, **kwargs):
+        found = original(self, hidden_states, **kwargs)
+        return torch.where(hidden_states > 0, found * times, found) if times > 3 else found
+
+    monkeypatch.setattr(llama.LlamaDecoderLayer, "forward", forward)
+    model, batches = _ready(layers=2, four_bit=False)
+    batches = [one | {"times": times} for one, times in zip(batches, (5, 9, 2), strict=True)]
+    wanted = models.step(model, *batches)
+    compiled = compile_model(model, "step")
+    assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
+    report = compiled.report()
+    assert report.shared_layers == 2 and report.graphs_by_region[type(model).__name__] == 2, report
+
+
+@pytest.mark.extended
 def test_a_hook_in_a_layer_that_cannot_be_traced_is_named(no_code):
     model, batches = _ready(layers=3, four_bit=False)
 

@@ -39,8 +39,17 @@ class Leaf:
         return found.requires_grad_(self.requires_grad)
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number among a layer's arguments that is another in each batch. index: its place among them. value: the first one's."""
+
+    index: int
+    value: int
+
+
 class _Listening(threading.local):
     heard: list | None = None
+    words: tuple = ()
 
 
 class RegionBackend:
@@ -51,9 +60,10 @@ class RegionBackend:
         self._listening = _Listening()
 
     @contextmanager
-    def listening(self):
-        """A list of (region, its inputs) of the calls within."""
+    def listening(self, words=()):
+        """A list of (region, its inputs) of the calls within. words: Dynamo's names of the calls' numbers."""
         self._listening.heard = heard = []
+        self._listening.words = words
         try:
             yield heard
         finally:
@@ -77,7 +87,7 @@ class RegionBackend:
                 if self._listening.heard is None:
                     return compiled(inputs)
                 self._listening.heard.append((region, list(inputs)))
-                return region.without_contents(inputs)
+                return region.without_contents(inputs, self._listening.words)
 
             run._boxed_call = True
             return run
@@ -107,17 +117,18 @@ class Region:
         self._backward_inputs = [(name, x) for (name, _), x in zip(_placeholders(graph), example_inputs, strict=True)]
         self._gradients = _outputs(graph)
 
-    def without_contents(self, inputs):
+    def without_contents(self, inputs, words):
         """What the forward graph would return."""
-        self.finish()
-        sizes = self._sizes([x for x in inputs if isinstance(x, torch.Tensor)])
+        self.finish(words)
+        # A number is an input of the graph where it is used; what sizes are made of without it does not matter here.
+        sizes = self._symbols.values([x for x in inputs if isinstance(x, torch.Tensor)], [2] * len(self.words))
         found = []
         for kind, what in self._every_output:
             found.append(inputs[what] if kind == "input" else what(sizes)[0] if kind == "size" else what(sizes))
         return found
 
-    def finish(self) -> None:
-        """Raises Unsuitable."""
+    def finish(self, words=()) -> None:
+        """words: names of numbers that calls bring along. Raises Unsuitable."""
         if self.finished:
             return
         if self.forward is None:
@@ -129,8 +140,9 @@ class Region:
                 raise Unsuitable(f"a layer's graph writes to its inputs or returns parts of them ({kinds})")
             if len(facts.output_info) != 1:  # one that it returns; what it puts into attributes is another
                 raise Unsuitable(f"a layer's graph gives {len(facts.output_info)} tensors")
-        constants: dict = {}
-        symbols = _Symbols([value for _, value in self._inputs if isinstance(value, torch.Tensor)], constants)
+        given = _Given(frozenset(words))
+        self.words = given.numbers  # of the calls' numbers, those that the graphs want
+        symbols = _Symbols([value for _, value in self._inputs if isinstance(value, torch.Tensor)], given)
         self._symbols = symbols
         self.tensor_inputs = [i for i, (_, value) in enumerate(self._inputs) if isinstance(value, torch.Tensor)]
         self._input_sizes = {
@@ -161,7 +173,7 @@ class Region:
         self.made_for_backward: list[int] = []  # of what `run` gives
         self.inputs_with_gradient: list[int] = []
         if self.backward is not None:
-            self._finish_backward(place, made_at, constants)
+            self._finish_backward(place, made_at, given)
         elif len(self._outputs) != 1:
             raise Unsuitable("a layer gives more than one tensor")
         self.finished = True
@@ -170,10 +182,10 @@ class Region:
         if self.backward is not None:
             del self._backward_inputs, self._gradients
 
-    def _finish_backward(self, place, made_at, constants) -> None:
+    def _finish_backward(self, place, made_at, given) -> None:
         tensor_number = {i: n for n, i in enumerate(self.tensor_inputs)}
         tensors = [value for _, value in self._backward_inputs if isinstance(value, torch.Tensor)]
-        symbols = _Symbols(tensors, constants)
+        symbols = _Symbols(tensors, given)
         self._backward_symbols = symbols
         self._backward_order, tangents = [], 0
         for name, value in self._backward_inputs:
@@ -204,27 +216,24 @@ class Region:
 
     # -- the operators' bodies -------------------------------------------------------------------------------------------------
 
-    def _sizes(self, tensors):
-        return self._symbols.values(tensors)
-
-    def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The layer's output, and what its backward will want of what the forward made."""
-        found = self.forward(self._flat(tensors))
+    def run(self, tensors: list[torch.Tensor], numbers: list[int]) -> list[torch.Tensor]:
+        """The layer's output, and what its backward will want of what the forward made. numbers: in the order of `words`."""
+        found = self.forward(self._flat(tensors, numbers))
         return [found[i] for i, _ in self.made]
 
-    def _flat(self, tensors):
+    def _flat(self, tensors, numbers):
         if not self._input_sizes:
             return list(tensors)
-        sizes, rest = self._sizes(tensors), iter(tensors)
+        sizes, rest = self._symbols.values(tensors, numbers), iter(tensors)
         return [self._input_sizes[i](sizes)[0] if i in self._input_sizes else next(rest) for i in range(self._count)]
 
-    def shapes(self, tensors):
+    def shapes(self, tensors, numbers):
         """The same without contents, for a trace."""
-        sizes = self._sizes(tensors)
+        sizes = self._symbols.values(tensors, numbers)
         return [template(sizes) for _, template in self.made]
 
-    def run_backward(self, inputs, made, gradient) -> list[torch.Tensor]:
-        sizes, flat = self._sizes_in_backward(inputs, made, gradient), []
+    def run_backward(self, inputs, made, gradient, numbers) -> list[torch.Tensor]:
+        sizes, flat = self._sizes_in_backward(inputs, made, gradient, numbers), []
         for kind, what in self._backward_order:
             if kind == "input":
                 flat.append(inputs[what])
@@ -237,19 +246,20 @@ class Region:
         found = self.backward(flat)
         return [found[i] for i in self._gradient_places]
 
-    def shapes_backward(self, inputs, made, gradient):
-        sizes = self._sizes_in_backward(inputs, made, gradient)
+    def shapes_backward(self, inputs, made, gradient, numbers):
+        sizes = self._sizes_in_backward(inputs, made, gradient, numbers)
         return [template(sizes) for template in self._gradient_templates]
 
-    def _sizes_in_backward(self, inputs, made, gradient):
+    def _sizes_in_backward(self, inputs, made, gradient, numbers):
         lists = {"input": inputs, "made": made}
-        return self._backward_symbols.values(
-            [lists[kind][what] if kind in lists else gradient for kind, what in self._backward_order if kind != "size"]
-        )
+        tensors = [
+            lists[kind][what] if kind in lists else gradient for kind, what in self._backward_order if kind != "size"
+        ]
+        return self._backward_symbols.values(tensors, numbers)
 
-    def conditions(self, names: list[str]) -> list[str]:
-        """What the graph took for granted of its tensors' sizes, as Python. names: expressions for its tensor inputs."""
-        return self._symbols.conditions(names)
+    def conditions(self, tensors: list[str], numbers: dict[str, str]) -> list[str]:
+        """What the graph took for granted of its inputs' sizes, as Python. tensors: expressions for its tensor inputs. numbers: for words."""
+        return self._symbols.conditions(tensors, numbers)
 
 
 def _placeholders(graph):
@@ -260,12 +270,22 @@ def _outputs(graph):
     return list(next(node for node in reversed(graph.graph.nodes) if node.op == "output").args[0])
 
 
-class _Symbols:
-    """Sizes of a graph as functions of its tensors'. values: fake tensors. constants: of the layer, see `_constant`; more are added."""
+class _Given:
+    """What the two graphs of a layer know beside their tensors. words: of numbers that could be asked for."""
 
-    def __init__(self, values, constants: dict):
+    def __init__(self, words: frozenset[str]):
+        self.words = words
+        self.numbers: list[str] = []  # words that are
+        self.symbols: dict = {}  # symbol -> its number in `numbers`
+        self.constants: dict = {}  # symbol -> (its value, an expression for it), of the layer
+
+
+class _Symbols:
+    """Sizes of a graph as functions of its tensors' and of numbers. values: fake tensors."""
+
+    def __init__(self, values, given: _Given):
         self._tensors, self.places = values, {}  # symbol -> (tensor, dimension)
-        self.constants = constants  # symbol -> (its value, an expression for it)
+        self.given = given
         self.shape_env = None
         for number, value in enumerate(values):
             for dimension, size in enumerate(value.shape):
@@ -276,51 +296,65 @@ class _Symbols:
         self._order = list(self.places)
         self._where = list(self.places.values())
 
-    def values(self, tensors) -> list:
-        return [tensors[number].shape[dimension] for number, dimension in self._where]
+    def values(self, tensors, numbers) -> list:
+        return [*(tensors[number].shape[dimension] for number, dimension in self._where), *numbers]
 
     def function(self, expressions) -> Callable:
-        """f(values) -> [sizes]. Raises Unsuitable for sizes of which no tensor tells."""
-        texts = [self._text(x, {s: f"v[{i}]" for i, s in enumerate(self._order)}) for x in expressions]
+        """f(values) -> [sizes]. Raises Unsuitable for sizes of which nothing tells."""
+        names = {symbol: f"v[{i}]" for i, symbol in enumerate(self._order)}
+        texts = [self._text(x, names, lambda number: f"v[{len(names) + number}]") for x in expressions]
         return eval(f"lambda v: [{', '.join(texts)}]", {"sym_max": torch.sym_max, "sym_min": torch.sym_min})
 
     def template(self, value) -> _Template:
         n = value.ndim
         return _Template(self.function([*value.shape, *value.stride()]), n, value.dtype, value.device)
 
-    def _text(self, size, names) -> str:
+    def _text(self, size, names, of_number: Callable[[int], str]) -> str:
         if isinstance(size, int):
             return str(size)
         expression = size.node.expr if isinstance(size, torch.SymInt) else size
         if self.shape_env is None and isinstance(size, torch.SymInt):
             self.shape_env = size.node.shape_env
-        return _print(expression, names | {x: self._constant(x) for x in expression.free_symbols - names.keys()})
+        others = {x: self._other(x, of_number) for x in expression.free_symbols - names.keys()}
+        return _print(expression, names | others)
 
-    def _constant(self, symbol) -> str:
-        """The value of a number that the graph read from the layer, a count of heads: a symbol, as the layer is an argument of its graph."""
-        if symbol not in self.constants:
+    def _other(self, symbol, of_number: Callable[[int], str]) -> str:
+        """A number that calls bring along; or the value of one that the graph read from the layer, as a count of heads: a symbol too, as
+        the layer is an argument of its graph."""
+        given = self.given
+        if symbol not in given.constants and symbol not in given.symbols:
             sources = self.shape_env.var_to_sources.get(symbol, ())
             values = getattr(self.shape_env, "backed_var_to_val", None) or self.shape_env.var_to_val
             words = [source.name if isinstance(source.name, str) else source.name() for source in sources]
             own = [_plain_words(text) for text in words if "L['self']" in text]
-            if not own or symbol not in values:
+            brought = [word for word in words if word in given.words]
+            if brought:
+                if brought[0] not in given.numbers:
+                    given.numbers.append(brought[0])
+                given.symbols[symbol] = given.numbers.index(brought[0])
+            elif own and symbol in values:
+                given.constants[symbol] = int(values[symbol]), own[0]
+            else:
                 raise Unsuitable(f"a layer's graph depends on {' or '.join(words) or symbol}")
-            self.constants[symbol] = int(values[symbol]), own[0]
-        return str(self.constants[symbol][0])
+        return of_number(given.symbols[symbol]) if symbol in given.symbols else str(given.constants[symbol][0])
 
-    def conditions(self, tensors: list[str]) -> list[str]:
+    def conditions(self, tensors: list[str], numbers: dict[str, str]) -> list[str]:
+        def of_number(number: int) -> str:
+            return numbers[self.given.numbers[number]]
+
         names = {symbol: f"{tensors[number]}.shape[{dimension}]" for symbol, (number, dimension) in self.places.items()}
         found = []
         for text, value in zip(tensors, self._tensors, strict=True):
             if text.startswith("self"):
                 continue  # the layer's own: guards look at them
             for dimension, size in enumerate(value.shape):
-                wanted = self._text(size, names)
+                wanted = self._text(size, names, of_number)
                 if wanted != f"{text}.shape[{dimension}]":
                     found.append(f"{text}.shape[{dimension}] == {wanted}")
         if self.shape_env is not None:
             ranges = self.shape_env.var_to_range
-            for symbol, name in names.items():
+            brought = {symbol: of_number(number) for symbol, number in self.given.symbols.items()}
+            for symbol, name in (names | brought).items():
                 if symbol in ranges and (least := ranges[symbol].lower) > 0:
                     found.append(f"{name} >= {int(least)}")
                 if symbol in ranges and (most := ranges[symbol].upper) < 2**31:
@@ -329,8 +363,8 @@ class _Symbols:
                 expression = self.shape_env.replace(guard.expr)
                 if expression in (True, False):
                     continue
-                found.append(self._text(expression, names))
-        found += [f"{text} == {value}" for value, text in self.constants.values()]
+                found.append(self._text(expression, names, of_number))
+        found += [f"{text} == {value}" for value, text in self.given.constants.values()]
         return list(dict.fromkeys(found))
 
 
@@ -388,4 +422,13 @@ def leaves_of(value) -> list[Leaf]:
 
 
 def map_leaves(function: Callable, value):
-    return tree_map_only(Leaf, function, value)
+    """function: of a `Leaf` or a `Number`."""
+    return tree_map_only((Leaf, Number), function, value)
+
+
+def words_of(name: str, value) -> list[tuple[str, Number]]:
+    """Dynamo's names of the numbers in an argument."""
+    if isinstance(value, Number):
+        return [(name, value)]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
+    return [found for key, item in items for found in words_of(f"{name}[{key!r}]", item)]

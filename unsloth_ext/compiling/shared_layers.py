@@ -17,6 +17,7 @@ adapter that was changed in between is noticed before the loss is given out, and
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
@@ -32,7 +33,7 @@ import torch
 from torch._dynamo.comptime import comptime
 
 from .compile_failure import CompileError
-from .layer_region import Leaf, Region, RegionBackend, Unsuitable, leaves_of, map_leaves
+from .layer_region import Leaf, Number, Region, RegionBackend, Unsuitable, leaves_of, map_leaves, words_of
 from .layer_tensors import find_tensors, same_tensor
 
 __all__ = ["SharedLayers"]
@@ -41,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
-    "layer_forward(Tensor[] tensors, int call) -> Tensor[]",
-    "layer_backward(Tensor[] inputs, Tensor[] made, Tensor gradient, int call) -> Tensor[]",
+    "layer_forward(Tensor[] tensors, SymInt[] numbers, int call) -> Tensor[]",
+    "layer_backward(Tensor[] inputs, Tensor[] made, Tensor gradient, SymInt[] numbers, int call) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
@@ -58,6 +59,7 @@ class _Call:
     layer: weakref.ref
     region: Region
     places: list[int]  # of each of the region's tensor inputs among the operator's
+    numbers: list[int]  # of each of the region's words among the operator's numbers
     guards: Any  # Dynamo's, of the layer compiled alone
     self_name: str
     names: dict[str, Any]  # the locals that they look at, without the layer, with a `Leaf` for each tensor
@@ -69,27 +71,29 @@ class _Call:
         _calls[self.number] = self
 
 
-def _forward(tensors, call):
+def _forward(tensors, numbers, call):
     one = _calls[call]
     one.used = True
-    return one.region.run([tensors[i] for i in one.places])
+    return one.region.run([tensors[i] for i in one.places], [numbers[i] for i in one.numbers])
 
 
-def _forward_fake(tensors, call):
+def _forward_fake(tensors, numbers, call):
     one = _calls[call]
-    return one.region.shapes([tensors[i] for i in one.places])
+    return one.region.shapes([tensors[i] for i in one.places], [numbers[i] for i in one.numbers])
 
 
-def _backward(inputs, made, gradient, call):
-    return _calls[call].region.run_backward(inputs, made, gradient)
+def _backward(inputs, made, gradient, numbers, call):
+    one = _calls[call]
+    return one.region.run_backward(inputs, made, gradient, [numbers[i] for i in one.numbers])
 
 
-def _backward_fake(inputs, made, gradient, call):
-    return _calls[call].region.shapes_backward(inputs, made, gradient)
+def _backward_fake(inputs, made, gradient, numbers, call):
+    one = _calls[call]
+    return one.region.shapes_backward(inputs, made, gradient, [numbers[i] for i in one.numbers])
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.call = inputs
+    tensors, ctx.numbers, ctx.call = inputs
     one = _calls[ctx.call]
     given = [tensors[one.places[i]] for i in one.region.inputs_for_backward]
     ctx.given, ctx.tensors = len(given), len(tensors)
@@ -100,15 +104,15 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, gradients):
     result: list = [None] * ctx.tensors
     if gradients[0] is None:
-        return result, None
+        return result, None, None
     saved, one = ctx.saved_tensors, _calls[ctx.call]
     found = torch.ops.unsloth_ext.layer_backward(
-        list(saved[: ctx.given]), list(saved[ctx.given :]), gradients[0], ctx.call
+        list(saved[: ctx.given]), list(saved[ctx.given :]), gradients[0], ctx.numbers, ctx.call
     )
     for input, gradient in zip(one.region.inputs_with_gradient, found, strict=True):
         place = one.places[input]
         result[place] = gradient if result[place] is None else result[place] + gradient
-    return result, None
+    return result, None, None
 
 
 _library.impl("layer_forward", _forward, "CompositeExplicitAutograd")
@@ -129,7 +133,7 @@ _asked = _Asked()
 
 @dataclass(frozen=True)
 class _Form:
-    """How a layer is called. args, kwargs: with a `Leaf` for each tensor."""
+    """How a layer is called. args, kwargs: with a `Leaf` for each tensor and a `Number` for what is a symbol."""
 
     args: tuple
     kwargs: tuple[tuple[str, Any], ...]
@@ -182,14 +186,17 @@ class SharedLayers:
                     self._give_up("what they are compiled for changes from step to step")
                 else:
                     self.forget()
-            except CompileError:
+            except CompileError as error:
                 form, _asked.form = _asked.form, None
-                if form is None:
+                if form is None and not self._calls:
                     raise
                 try:
+                    if form is None:
+                        raise error
                     self._learn(form)
-                except Unsuitable as reason:
-                    self._give_up(str(reason))
+                except (Unsuitable, CompileError) as reason:
+                    # What no graph can hold at all is an error again without operators, and then the one to read.
+                    self._give_up(str(reason).partition("\n")[0])
         return run()
 
     def _give_up(self, reason: str) -> None:
@@ -215,18 +222,20 @@ class SharedLayers:
         kind = type(layer)
         run, code = self._compiled[kind]
         given = {leaf: leaf.stand_in() for leaf in leaves_of((form.args, form.kwargs))}
-        args, kwargs = map_leaves(given.__getitem__, (form.args, dict(form.kwargs)))
-        with form_state(form), self._backends[kind].listening() as heard:
+        stand_in = functools.partial(_stand_in, given)
+        # Of the function itself: Dynamo's names are those of its code, also where it says that it wraps another.
+        signature = inspect.signature(self._plain[kind], follow_wrapped=False)
+        bound = signature.bind(layer, *form.args, **dict(form.kwargs))
+        bound.apply_defaults()
+        words = [found for name, value in bound.arguments.items() for found in words_of(f"L[{name!r}]", value)]
+        args, kwargs = map_leaves(stand_in, (form.args, dict(form.kwargs)))
+        with form_state(form), self._backends[kind].listening([word for word, _ in words]) as heard:
             result = run(layer, *args, **kwargs)
             if len(heard) != 1:
                 raise Unsuitable(f"{kind.__name__} is {len(heard)} graphs")
             region, flat = heard[0]
-            # Of the function itself: Dynamo's names are those of its code, also where it says that it wraps another.
-            signature = inspect.signature(self._plain[kind], follow_wrapped=False)
-            bound = signature.bind(layer, *form.args, **dict(form.kwargs))
-            bound.apply_defaults()
             names = {**bound.arguments, **_closed_over(self._plain[kind])}
-            guards = _guards(code, map_leaves(given.__getitem__, names))
+            guards = _guards(code, map_leaves(stand_in, names))
         arguments = list(given.values())
         own = [x for x in flat if isinstance(x, torch.Tensor) and not any(same_tensor(x, t) for t in arguments)]
         if (paths := find_tensors(layer, own)) is None:
@@ -236,10 +245,13 @@ class SharedLayers:
             next(i for i, t in enumerate(tensors) if same_tensor(x, t)) for x in flat if isinstance(x, torch.Tensor)
         ]
         names = self._names.setdefault((kind, id(form)), {name: x for name, x in names.items() if x is not layer})
-        call = _Call(weakref.ref(layer), region, places, guards, next(iter(bound.arguments)), names, form)
+        if any(word not in dict(words) for word in region.words):
+            raise Unsuitable(f"{kind.__name__} is called with numbers of other names")
+        numbers = [dict(words)[word].index for word in region.words]
+        call = _Call(weakref.ref(layer), region, places, numbers, guards, next(iter(bound.arguments)), names, form)
         self._calls.append(call)
         following = [_unknown]
-        self._ends[layer][0] = _traced(call, form, texts, result, following)
+        self._ends[layer][0] = _traced(call, form, texts, dict(words), result, following)
         self._ends[layer] = following
 
     def _holds(self) -> bool:
@@ -248,15 +260,20 @@ class SharedLayers:
             calls = [call for call in self._calls if call.used and call.form is form]
             given = {leaf: leaf.stand_in() for leaf in leaves_of((form.args, form.kwargs))} if calls else {}
             names: dict[int, dict] = {}  # of each kind of layer
+            stand_in = functools.partial(_stand_in, given)
             with form_state(form):
                 for call in calls:
                     layer = call.layer()
-                    mine = names.get(id(call.names)) or map_leaves(given.__getitem__, call.names)
+                    mine = names.get(id(call.names)) or map_leaves(stand_in, call.names)
                     names[id(call.names)] = mine
                     mine[call.self_name] = layer
                     if layer is None or not call.guards.check(mine):
                         return False
         return True
+
+
+def _stand_in(given: dict[Leaf, torch.Tensor], one: Leaf | Number):
+    return one.value if isinstance(one, Number) else given[one]
 
 
 @contextmanager
@@ -290,24 +307,26 @@ def _function(text: str, names: dict[str, Any]) -> Callable:
     return names["forward"]
 
 
-def _traced(call: _Call, form: _Form, texts: list, result, following: list) -> Callable:
+def _traced(call: _Call, form: _Form, texts: list, words: dict[str, Number], result, following: list) -> Callable:
     """The layer's forward for calls of this form: a call of the operator."""
     names: dict[str, Any] = {"torch": torch, "following": following, "sym_max": max, "sym_min": min}
     kind, on, dtype = form.autocast
     conditions = [f"torch.is_grad_enabled() == {form.grad}", f"torch.is_autocast_enabled({kind!r}) == {on}"]
     if on:
         conditions.append(f"torch.get_autocast_dtype({kind!r}) == {_constant(dtype, names)}")
-    texts = list(texts)
-    _same_form("args", form.args, conditions, texts, names)
-    _same_form("kwargs", dict(form.kwargs), conditions, texts, names)
-    sizes = call.region.conditions([texts[i] for i in call.places])
+    texts, numbers = list(texts), [""] * len(words)
+    _same_form("args", form.args, conditions, texts, numbers, names)
+    _same_form("kwargs", dict(form.kwargs), conditions, texts, numbers, names)
+    of_words = {word: numbers[one.index] for word, one in words.items()}
+    sizes = call.region.conditions([texts[i] for i in call.places], of_words)
     return _function(
         "\n".join(
             [
                 "def forward(self, *args, **kwargs):",
                 f"    if {_all(conditions)}:",
                 f"        if {_all(sizes)}:",
-                f"            made = torch.ops.unsloth_ext.layer_forward([{', '.join(texts)}], {call.number})",
+                f"            made = torch.ops.unsloth_ext.layer_forward([{', '.join(texts)}], "
+                f"[{', '.join(numbers)}], {call.number})",
                 f"            return {_returned(result)}",
                 "    return following[0](self, *args, **kwargs)",
             ]
@@ -320,8 +339,8 @@ def _all(conditions: list[str]) -> str:
     return " and ".join(f"({condition})" for condition in conditions) or "True"
 
 
-def _same_form(text: str, value, conditions: list[str], texts: list, names: dict[str, Any]) -> None:
-    """Conditions under which the expression `text` has the form of `value`, and texts of its tensors."""
+def _same_form(text: str, value, conditions: list[str], texts: list, numbers: list, names: dict[str, Any]) -> None:
+    """Conditions under which the expression `text` has the form of `value`, and texts of its tensors and numbers."""
     if isinstance(value, Leaf):
         texts[value.index] = text
         dtype = _constant(value.dtype, names)
@@ -331,15 +350,18 @@ def _same_form(text: str, value, conditions: list[str], texts: list, names: dict
             f"{text}.dtype == {dtype}",
             f"{text}.requires_grad == {value.requires_grad}",
         ]
+    elif isinstance(value, Number):
+        numbers[value.index] = text
+        conditions.append(f"isinstance({text}, int)")
     elif isinstance(value, dict):
         conditions.append(f"len({text}) == {len(value)}")
         for key, item in value.items():
             conditions.append(f"{key!r} in {text}")
-            _same_form(f"{text}[{key!r}]", item, conditions, texts, names)
+            _same_form(f"{text}[{key!r}]", item, conditions, texts, numbers, names)
     elif isinstance(value, tuple | list):
         conditions.append(f"len({text}) == {len(value)}")
         for i, item in enumerate(value):
-            _same_form(f"{text}[{i}]", item, conditions, texts, names)
+            _same_form(f"{text}[{i}]", item, conditions, texts, numbers, names)
     elif value is None or isinstance(value, bool):
         conditions.append(f"{text} is {value}")
     else:
@@ -381,9 +403,9 @@ def _unknown(self, *args, **kwargs):
 
 def _note(context) -> None:
     try:
-        leaves = itertools.count()
-        args = _form_of(context.get_local("args")._ComptimeVar__variable, leaves)
-        kwargs = _form_of(context.get_local("kwargs")._ComptimeVar__variable, leaves)
+        counts = itertools.count(), itertools.count()
+        args = _form_of(context.get_local("args")._ComptimeVar__variable, *counts)
+        kwargs = _form_of(context.get_local("kwargs")._ComptimeVar__variable, *counts)
         devices = {leaf.device.type for leaf in leaves_of((args, kwargs))}
         if len(devices) != 1:
             raise Unsuitable(f"a layer's arguments are on {sorted(devices) or 'no device'}")
@@ -394,7 +416,7 @@ def _note(context) -> None:
         _asked.form = reason
 
 
-def _form_of(variable, leaves):
+def _form_of(variable, leaves, numbers):
     from torch._dynamo import variables
 
     if hasattr(variable, "realize"):
@@ -404,13 +426,15 @@ def _form_of(variable, leaves):
         return Leaf(
             next(leaves), _hints(fake.shape), _hints(fake.stride()), fake.dtype, fake.device, fake.requires_grad
         )
+    if isinstance(variable, variables.SymNodeVariable) and isinstance(variable.sym_num, torch.SymInt):
+        return Number(next(numbers), variable.sym_num.node.hint)
     if isinstance(variable, variables.ConstantVariable):
         if variable.value is None or isinstance(variable.value, bool | int | float | str | torch.dtype):
             return variable.value
     elif isinstance(variable, variables.ConstDictVariable):
-        return {key.vt.as_python_constant(): _form_of(value, leaves) for key, value in variable.items.items()}
+        return {key.vt.as_python_constant(): _form_of(value, leaves, numbers) for key, value in variable.items.items()}
     elif type(variable) is variables.TupleVariable or type(variable) is variables.ListVariable:
-        return tuple(_form_of(item, leaves) for item in variable.items)
+        return tuple(_form_of(item, leaves, numbers) for item in variable.items)
     raise Unsuitable(f"a layer is called with a {type(variable).__name__}")
 
 
