@@ -1,5 +1,6 @@
 """Layers as operators of a step's graph: the uncompiled losses and gradients, each kind of layer compiled once, and no call taken for another."""
 
+import copy
 import functools
 import gc
 import weakref
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from unsloth_ext.compiling import CompileError, compile_model
+from unsloth_ext.errors import UsageError
 
 EXACT = 1e-5
 
@@ -294,9 +296,9 @@ def test_the_operators(no_code, monkeypatch):
     compile_model(model, "step")
     seen, original = [], shared_layers.Region.run
 
-    def run(region, tensors):
+    def run(region, tensors, numbers):
         seen.append(list(tensors))
-        return original(region, tensors)
+        return original(region, tensors, numbers)
 
     monkeypatch.setattr(shared_layers.Region, "run", run)
     model(**batches[0])
@@ -304,7 +306,7 @@ def test_the_operators(no_code, monkeypatch):
     tensors = [torch.zeros(1)] * (max(call.places) + 1)  # of arguments that the layer does not use
     for index, (place, tensor) in enumerate(zip(call.places, seen[-1], strict=True)):
         tensors[place] = tensor.detach().clone().requires_grad_(index in call.region.inputs_with_gradient)
-    torch.library.opcheck(torch.ops.unsloth_ext.layer_forward.default, (tensors, number))
+    torch.library.opcheck(torch.ops.unsloth_ext.layer_forward.default, (tensors, [], number))
 
 
 @pytest.mark.extended
@@ -317,3 +319,80 @@ def test_a_model_is_freed(no_code):
     torch._dynamo.reset()
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.extended
+def test_an_earlier_loss_after_a_change(no_code):
+    model, batches = _ready(layers=2, four_bit=False)
+    wanted = [model(**batches[0]).loss]
+    projection = model.base_model.model.model.layers[1].mlp.down_proj
+    projection.scaling["default"] = 5.0
+    wanted.append(model(**batches[0]).loss)
+    sum(wanted).backward()
+    gradient, projection.lora_A.default.weight.grad = projection.lora_A.default.weight.grad, None
+    projection.scaling["default"] = 2.0
+    compile_model(model, "step")
+    losses = [model(**batches[0]).loss]
+    projection.scaling["default"] = 5.0
+    losses.append(model(**batches[0]).loss)
+    sum(losses).backward()
+    torch.testing.assert_close(projection.lora_A.default.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.extended
+def test_a_layer_that_the_step_changes_before_it(no_code):
+    model, batches = _ready(layers=3, four_bit=False)
+    layer = model.base_model.model.model.layers[1]
+
+    def before(module, args, kwargs):
+        module.mlp.down_proj.scaling["default"] = 9.0
+
+    def after(module, args, kwargs, output):
+        module.mlp.down_proj.scaling["default"] = 2.0
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after, with_kwargs=True)
+    wanted = models.step(model, *batches)
+    compiled = compile_model(model, "step")
+    assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
+    assert "changes a layer" in compiled.report().not_shared
+
+
+@pytest.mark.extended
+def test_an_input_laid_out_otherwise(no_code):
+    model, batches = _ready(layers=2, four_bit=False)
+    embedded = [model.get_input_embeddings()(one.pop("input_ids")).detach() for one in batches]
+    embedded[1] = embedded[1].transpose(0, 1).contiguous().transpose(0, 1)
+    batches = [one | {"inputs_embeds": x} for one, x in zip(batches, embedded, strict=True)]
+    wanted = models.step(model, *batches)
+    compile_model(model, "step")
+    assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
+
+
+@pytest.mark.extended
+def test_dropout_that_is_computed_again_is_no_operator(no_code):
+    model, batches = _ready(layers=2, four_bit=False, checkpointing=True, dropout=0.5)
+    compiled = compile_model(model, "step")
+    model(**batches[0]).loss.backward()
+    assert "dropout" in compiled.report().not_shared
+
+
+@pytest.mark.extended
+def test_no_copy_and_a_wrapper_that_stays(no_code):
+    model, batches = _ready(layers=2, four_bit=False)
+    compile_model(model, "step")
+    layer, calls = model.base_model.model.model.layers[1], []
+    inside = layer.forward
+
+    def wrapped(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            calls.append(1)
+        return inside(*args, **kwargs)
+
+    model(**batches[0])
+    layer.forward = wrapped
+    layer.mlp.down_proj.scaling["default"] = 5.0  # all is learnt anew
+    model(**batches[0])
+    assert layer.forward is wrapped
+    with pytest.raises(UsageError, match="cannot be copied"):
+        copy.deepcopy(model)

@@ -74,6 +74,11 @@ class CompiledModel:
         self._graphs.unmark()
         self.model.__dict__.pop("_unsloth_ext_compiled", None)
 
+    def __deepcopy__(self, memo):
+        raise UsageError(
+            "a compiled model cannot be copied: the copy would run the first one's layers", "Call restore() first."
+        )
+
     def _replace(self, module: torch.nn.Module, forward: Callable) -> None:
         self._replaced.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
@@ -175,7 +180,9 @@ def compile_model(
             run = region(named.forward, type(model).__name__)
             if shared_layers and backend == "inductor" and fullgraph and not cuda_graphs and len(layers) > 1:
                 plain = {kind: _plain_forward(kind) for kind in dict.fromkeys(map(type, layers))}
-                compiled._shared = SharedLayers(layers, plain, OPTIONS | _fusing() | (options or {}), dynamic, alone)
+                compiled._shared = SharedLayers(
+                    layers, plain, OPTIONS | _fusing() | (options or {}), dynamic, alone, lambda: _checkpointed(model)
+                )
             compiled._replace(model, _step(model, inner, own, named, run, ledger, graphs, compiled._shared))
         else:
             regions = {kind: region(_plain_forward(kind), kind.__name__) for kind in dict.fromkeys(map(type, layers))}
@@ -264,6 +271,10 @@ def _own_code(function: Callable) -> Callable:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def _checkpointed(model: torch.nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _plain_forward(kind: type) -> Callable:

@@ -111,6 +111,7 @@ class Region:
         self._inputs = _placeholders(graph)
         self._outputs = _outputs(graph)
         self._facts = torch._guards.TracingContext.get().fw_metadata
+        self.random = any(map(_is_random, graph.graph.nodes))
 
     def read_backward(self, graph, example_inputs) -> None:
         # The inputs as Inductor has laid the forward's outputs out, which need not be as the graph has them.
@@ -262,6 +263,18 @@ class Region:
         return self._symbols.conditions(tensors, numbers)
 
 
+def _is_random(node) -> bool:
+    if "inductor_seed" in str(node.target):
+        return True
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":  # an attention
+            given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return given != 0
+    return True
+
+
 def _placeholders(graph):
     return [(node.name, node.meta["val"]) for node in graph.graph.nodes if node.op == "placeholder"]
 
@@ -351,6 +364,8 @@ class _Symbols:
                 wanted = self._text(size, names, of_number)
                 if wanted != f"{text}.shape[{dimension}]":
                     found.append(f"{text}.shape[{dimension}] == {wanted}")
+            for dimension, stride in enumerate(value.stride()):
+                found.append(f"{text}.stride({dimension}) == {self._text(stride, names, of_number)}")
         if self.shape_env is not None:
             ranges = self.shape_env.var_to_range
             brought = {symbol: of_number(number) for symbol, number in self.given.symbols.items()}

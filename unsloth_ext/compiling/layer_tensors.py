@@ -65,7 +65,7 @@ def _children(value):
     elif isinstance(value, list | tuple):
         yield from ((child, f"[{i}]") for i, child in enumerate(value))
     elif isinstance(value, dict):
-        yield from ((child, f"[{key!r}]") for key, child in value.items() if isinstance(key, str | int))
+        yield from ((child, f"[{key!r}]") for key, child in value.items() if type(key) in (str, int))
     elif not isinstance(value, type) and hasattr(value, "__dict__") and not callable(value):
         for name, child in vars(value).items():
             yield from _named(child, name, False)

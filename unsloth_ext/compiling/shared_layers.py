@@ -21,6 +21,7 @@ import functools
 import inspect
 import itertools
 import logging
+import os
 import threading
 import types
 import weakref
@@ -47,9 +48,11 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-_calls: weakref.WeakValueDictionary[int, _Call] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
+_calls: dict[int, _Call] = {}  # all that were: a loss may be kept for longer than its model
+# Another's number in every process: a step's graph says no more of a layer, and compiled graphs that are kept on disk are found by theirs.
+_numbers = itertools.count(int.from_bytes(os.urandom(6), "big"))
 _MOST_FORMS = 16  # of calls, of one model
+_MOST_CHANGES = 4  # of layers, by what their graphs took for granted
 
 
 @dataclass(eq=False)
@@ -103,8 +106,9 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, gradients):
     result: list = [None] * ctx.tensors
+    no_numbers = None if ctx.numbers else []  # torch takes an empty list for one of tensors
     if gradients[0] is None:
-        return result, None, None
+        return result, no_numbers, None
     saved, one = ctx.saved_tensors, _calls[ctx.call]
     found = torch.ops.unsloth_ext.layer_backward(
         list(saved[: ctx.given]), list(saved[ctx.given :]), gradients[0], ctx.numbers, ctx.call
@@ -112,7 +116,7 @@ def _gradients(ctx, gradients):
     for input, gradient in zip(one.region.inputs_with_gradient, found, strict=True):
         place = one.places[input]
         result[place] = gradient if result[place] is None else result[place] + gradient
-    return result, None, None
+    return result, no_numbers, None
 
 
 _library.impl("layer_forward", _forward, "CompositeExplicitAutograd")
@@ -145,14 +149,20 @@ class SharedLayers:
     """The layers of one model, as operators of whatever graph they are in.
 
     plain: {class of layers: its own forward}. compile_alone(function, name, backend) -> (compiled, its code object), as compile_model does.
+    checkpointed(): whether the model computes layers again in the backward.
     """
 
-    def __init__(self, layers, plain: dict[type, Callable], options: dict[str, Any], dynamic, compile_alone):
-        self._layers, self._plain = list(layers), plain
+    def __init__(self, layers, plain: dict[type, Callable], options, dynamic, compile_alone, checkpointed):
+        self._layers, self._plain, self._checkpointed = list(layers), plain, checkpointed
         self._backends = {kind: RegionBackend(options, dynamic) for kind in plain}
         self._compiled = {kind: compile_alone(own, kind.__name__, self._backends[kind]) for kind, own in plain.items()}
         self.given_up: str | None = None  # why
-        self._stale = 0  # steps after which the layers were found changed
+        self._changes = 0
+        self._chains: dict[torch.nn.Module, list] = {}  # what each layer's forward goes on with where it is traced
+        for layer in self._layers:
+            self._chains[layer] = following = [_unknown]
+            names = {"torch": torch, "plain": self._plain[type(layer)], "following": following}
+            layer.__dict__["forward"] = types.MethodType(_function(_FIRST, names), layer)
         self.forget()
 
     @property
@@ -165,11 +175,9 @@ class SharedLayers:
         self._calls: list[_Call] = []
         self._forms: list[_Form] = []
         self._names: dict[tuple[type, int], dict] = {}  # by class and form
-        self._ends: dict[torch.nn.Module, list] = {}  # the end of each layer's chain of forms
-        for layer in self._layers:
-            self._ends[layer] = following = [_unknown]
-            names = {"torch": torch, "plain": self._plain[type(layer)], "following": following}
-            layer.__dict__["forward"] = types.MethodType(_function(_FIRST, names), layer)
+        self._ends = dict(self._chains)  # the end of each layer's chain of forms
+        for following in self._chains.values():
+            following[0] = _unknown
 
     def step(self, run: Callable[[], Any]) -> Any:
         """run(), a call of the compiled step, once the forms of its layers are known. Where they cannot be operators it is run without."""
@@ -181,9 +189,10 @@ class SharedLayers:
                 result = run()
                 if self._holds():
                     return result
-                self._stale += 1
-                if self._stale > _MOST_FORMS:
-                    self._give_up("what they are compiled for changes from step to step")
+                del result
+                self._changes += 1
+                if self._changes > _MOST_CHANGES:
+                    self._give_up("what the layers are compiled for changes again and again")
                 else:
                     self.forget()
             except CompileError as error:
@@ -202,10 +211,9 @@ class SharedLayers:
     def _give_up(self, reason: str) -> None:
         self.given_up = reason
         logger.warning("compile_model compiles each layer by itself, which takes longer: %s", reason)
-        self._calls.clear()
-        self._ends.clear()
-        for layer in self._layers:
-            layer.__dict__["forward"] = types.MethodType(self._plain[type(layer)], layer)
+        self.forget()
+        for layer, following in self._chains.items():
+            following[0] = self._plain[type(layer)]
 
     def _learn(self, form: _Form | Unsuitable) -> None:
         if isinstance(form, Unsuitable):
@@ -214,9 +222,9 @@ class SharedLayers:
             raise Unsuitable("a layer was compiled for a call that then was not found to be such a call")
         if len(self._forms) == _MOST_FORMS:
             raise Unsuitable(f"the layers are called in more than {_MOST_FORMS} forms")
-        self._forms.append(form)
         for layer in self._layers:
             self._compile(layer, form)
+        self._forms.append(form)
 
     def _compile(self, layer: torch.nn.Module, form: _Form) -> None:
         kind = type(layer)
@@ -234,6 +242,8 @@ class SharedLayers:
             if len(heard) != 1:
                 raise Unsuitable(f"{kind.__name__} is {len(heard)} graphs")
             region, flat = heard[0]
+            if region.random and self._checkpointed():
+                raise Unsuitable("dropout in a layer that is computed again in the backward must be the same there")
             names = {**bound.arguments, **_closed_over(self._plain[kind])}
             guards = _guards(code, map_leaves(stand_in, names))
         arguments = list(given.values())
@@ -267,6 +277,7 @@ class SharedLayers:
                     mine = names.get(id(call.names)) or map_leaves(stand_in, call.names)
                     names[id(call.names)] = mine
                     mine[call.self_name] = layer
+                    mine |= _closed_over(self._plain[type(layer)]) if layer is not None else {}
                     if layer is None or not call.guards.check(mine):
                         return False
         return True
@@ -310,6 +321,7 @@ def _function(text: str, names: dict[str, Any]) -> Callable:
 def _traced(call: _Call, form: _Form, texts: list, words: dict[str, Number], result, following: list) -> Callable:
     """The layer's forward for calls of this form: a call of the operator."""
     names: dict[str, Any] = {"torch": torch, "following": following, "sym_max": max, "sym_min": min}
+    names |= {"comptime": comptime, "unchanged": _unchanged}
     kind, on, dtype = form.autocast
     conditions = [f"torch.is_grad_enabled() == {form.grad}", f"torch.is_autocast_enabled({kind!r}) == {on}"]
     if on:
@@ -325,6 +337,7 @@ def _traced(call: _Call, form: _Form, texts: list, words: dict[str, Number], res
                 "def forward(self, *args, **kwargs):",
                 f"    if {_all(conditions)}:",
                 f"        if {_all(sizes)}:",
+                "            comptime(unchanged)",
                 f"            made = torch.ops.unsloth_ext.layer_forward([{', '.join(texts)}], "
                 f"[{', '.join(numbers)}], {call.number})",
                 f"            return {_returned(result)}",
@@ -343,11 +356,12 @@ def _same_form(text: str, value, conditions: list[str], texts: list, numbers: li
     """Conditions under which the expression `text` has the form of `value`, and texts of its tensors and numbers."""
     if isinstance(value, Leaf):
         texts[value.index] = text
-        dtype = _constant(value.dtype, names)
+        dtype, device = _constant(value.dtype, names), _constant(value.device, names)
         conditions += [
             f"isinstance({text}, torch.Tensor)",
             f"{text}.ndim == {len(value.sizes)}",
             f"{text}.dtype == {dtype}",
+            f"{text}.device == {device}",
             f"{text}.requires_grad == {value.requires_grad}",
         ]
     elif isinstance(value, Number):
@@ -369,11 +383,11 @@ def _same_form(text: str, value, conditions: list[str], texts: list, numbers: li
 
 
 def _constant(value, names: dict[str, Any]) -> str:
-    if isinstance(value, torch.dtype):
-        name = str(value).replace("torch.", "dtype_")
-        names[name] = value
-        return name
-    return repr(value)
+    if type(value) in (int, str):
+        return repr(value)
+    name = f"constant_{len(names)}"
+    names[name] = value
+    return name
 
 
 def _returned(result) -> str:
@@ -399,6 +413,21 @@ def _unknown(self, *args, **kwargs):
     """The end of each chain. Traced, it notes how the layer is called."""
     comptime(_note)
     raise RuntimeError("this layer has not been compiled for such a call")
+
+
+def _unchanged(context) -> None:
+    """Traced: the step has not changed the layer before it comes to it, by a hook say. It was compiled, and is looked at, as it is outside."""
+    translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    effects, layer = translator.output.side_effects, _words(translator.symbolic_locals["self"])
+    for variable in effects.id_to_variable.values():
+        if effects.is_modified(variable) and (name := _words(variable)) and layer and name.startswith(layer):
+            _asked.form = Unsuitable(f"the step changes a layer before it calls it: {name}")
+            raise RuntimeError(str(_asked.form))
+
+
+def _words(variable) -> str | None:
+    name = getattr(getattr(variable, "source", None), "name", None)
+    return name() if callable(name) else name
 
 
 def _note(context) -> None:
