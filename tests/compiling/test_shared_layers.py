@@ -212,6 +212,7 @@ def test_a_number_of_a_layer(no_code, monkeypatch):
     assert found == pytest.approx(model(**batches[0]).loss.item(), rel=EXACT) and found != pytest.approx(wanted[0])
 
 
+@pytest.mark.extended
 def test_layers_that_cannot_be_operators_are_compiled_one_by_one(no_code, monkeypatch):
     import transformers.models.llama.modeling_llama as llama
 
