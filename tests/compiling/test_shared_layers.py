@@ -332,12 +332,13 @@ def test_an_earlier_loss_after_a_change(no_code):
     sum(wanted).backward()
     gradient, projection.lora_A.default.weight.grad = projection.lora_A.default.weight.grad, None
     projection.scaling["default"] = 2.0
-    compile_model(model, "step")
+    compiled = compile_model(model, "step")
     losses = [model(**batches[0]).loss]
     projection.scaling["default"] = 5.0
     losses.append(model(**batches[0]).loss)
     sum(losses).backward()
     torch.testing.assert_close(projection.lora_A.default.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert compiled.report().shared_layers == 2
 
 
 @pytest.mark.extended
@@ -366,8 +367,9 @@ def test_an_input_laid_out_otherwise(no_code):
     embedded[1] = embedded[1].transpose(0, 1).contiguous().transpose(0, 1)
     batches = [one | {"inputs_embeds": x} for one, x in zip(batches, embedded, strict=True)]
     wanted = models.step(model, *batches)
-    compile_model(model, "step")
+    compiled = compile_model(model, "step")
     assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
+    assert compiled.report().shared_layers == 2
 
 
 @pytest.mark.extended
