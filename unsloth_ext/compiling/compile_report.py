@@ -65,9 +65,8 @@ class Ledger:
     breaks: int = 0
     compiled_calls: int = 0
     plain_calls: Counter = field(default_factory=Counter)
-    seconds: dict = field(
-        default_factory=dict
-    )  # (compile id, forward?, begin) -> seconds: kernels are tuned later, in records of their own
+    # (compile id, forward?, begin) -> seconds: kernels are tuned later, in records of their own
+    seconds: dict = field(default_factory=dict)
     reasons: dict = field(default_factory=dict)  # compile id -> reason
     _ids: set = field(default_factory=set)
 

@@ -11,7 +11,7 @@ what a graph wants, gives and keeps for its backward, and which of the layer's t
 and where the form is known the layer's forward is a call of the operator with those tensors.
 
 What the small graph took for granted is asked for again in the large one: forms and sizes of arguments by branches that Dynamo guards,
-everything else by the small graph's own guards, which `holds` checks after each step's forward, while the card works: a scale or an
+everything else by the small graph's own guards, which `_holds` checks after each step's forward, while the card works: a scale or an
 adapter that was changed in between is noticed before the loss is given out, and the step is traced anew.
 """
 
@@ -22,19 +22,18 @@ import inspect
 import itertools
 import logging
 import os
-import threading
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._dynamo.comptime import comptime
 
 from .compile_failure import CompileError
-from .layer_region import Leaf, Number, Region, RegionBackend, Unsuitable, leaves_of, map_leaves, words_of
+from .layer_form import Form, as_operator, asked, entry, form_state, unknown
+from .layer_region import Leaf, Number, Region, RegionBackend, leaves_of, map_leaves, words_of
+from .layer_symbols import Unsuitable
 from .layer_tensors import find_tensors, same_tensor
 
 __all__ = ["SharedLayers"]
@@ -66,7 +65,7 @@ class _Call:
     guards: Any  # Dynamo's, of the layer compiled alone
     self_name: str
     names: dict[str, Any]  # the locals that they look at, without the layer, with a `Leaf` for each tensor
-    form: _Form
+    form: Form
     used: bool = False
     number: int = field(default_factory=_numbers.__next__)
 
@@ -126,25 +125,6 @@ torch.library.register_fake("unsloth_ext::layer_backward", _backward_fake, lib=_
 torch.library.register_autograd("unsloth_ext::layer_forward", _gradients, setup_context=_setup_context, lib=_library)
 
 
-class _Asked(threading.local):
-    """What the trace that goes on in this thread came to and did not know."""
-
-    form: _Form | Unsuitable | None = None
-
-
-_asked = _Asked()
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How a layer is called. args, kwargs: with a `Leaf` for each tensor and a `Number` for what is a symbol."""
-
-    args: tuple
-    kwargs: tuple[tuple[str, Any], ...]
-    grad: bool
-    autocast: tuple  # (device type, whether it is on, dtype)
-
-
 class SharedLayers:
     """The layers of one model, as operators of whatever graph they are in.
 
@@ -160,9 +140,8 @@ class SharedLayers:
         self._changes = 0
         self._chains: dict[torch.nn.Module, list] = {}  # what each layer's forward goes on with where it is traced
         for layer in self._layers:
-            self._chains[layer] = following = [_unknown]
-            names = {"torch": torch, "plain": self._plain[type(layer)], "following": following}
-            layer.__dict__["forward"] = types.MethodType(_function(_FIRST, names), layer)
+            self._chains[layer] = following = [unknown]
+            layer.__dict__["forward"] = types.MethodType(entry(self._plain[type(layer)], following), layer)
         self.forget()
 
     @property
@@ -173,16 +152,16 @@ class SharedLayers:
     def forget(self) -> None:
         """As at the beginning: no form is known."""
         self._calls: list[_Call] = []
-        self._forms: list[_Form] = []
+        self._forms: list[Form] = []
         self._names: dict[tuple[type, int], dict] = {}  # by class and form
         self._ends = dict(self._chains)  # the end of each layer's chain of forms
         for following in self._chains.values():
-            following[0] = _unknown
+            following[0] = unknown
 
     def step(self, run: Callable[[], Any]) -> Any:
         """run(), a call of the compiled step, once the forms of its layers are known. Where they cannot be operators it is run without."""
         while self.given_up is None:
-            _asked.form = None
+            asked.form = None
             for call in self._calls:
                 call.used = False
             try:
@@ -196,7 +175,7 @@ class SharedLayers:
                 else:
                     self.forget()
             except CompileError as error:
-                form, _asked.form = _asked.form, None
+                form, asked.form = asked.form, None
                 if form is None and not self._calls:
                     raise
                 try:
@@ -215,7 +194,7 @@ class SharedLayers:
         for layer, following in self._chains.items():
             following[0] = self._plain[type(layer)]
 
-    def _learn(self, form: _Form | Unsuitable) -> None:
+    def _learn(self, form: Form | Unsuitable) -> None:
         if isinstance(form, Unsuitable):
             raise form
         if form in self._forms:
@@ -226,7 +205,7 @@ class SharedLayers:
             self._compile(layer, form)
         self._forms.append(form)
 
-    def _compile(self, layer: torch.nn.Module, form: _Form) -> None:
+    def _compile(self, layer: torch.nn.Module, form: Form) -> None:
         kind = type(layer)
         run, code = self._compiled[kind]
         given = {leaf: leaf.stand_in() for leaf in leaves_of((form.args, form.kwargs))}
@@ -260,8 +239,8 @@ class SharedLayers:
         numbers = [dict(words)[word].index for word in region.words]
         call = _Call(weakref.ref(layer), region, places, numbers, guards, next(iter(bound.arguments)), names, form)
         self._calls.append(call)
-        following = [_unknown]
-        self._ends[layer][0] = _traced(call, form, texts, dict(words), result, following)
+        following = [unknown]
+        self._ends[layer][0] = as_operator(region, places, call.number, form, texts, dict(words), result, following)
         self._ends[layer] = following
 
     def _holds(self) -> bool:
@@ -287,185 +266,12 @@ def _stand_in(given: dict[Leaf, torch.Tensor], one: Leaf | Number):
     return one.value if isinstance(one, Number) else given[one]
 
 
-@contextmanager
-def form_state(form: _Form):
-    kind, on, dtype = form.autocast
-    with torch.set_grad_enabled(form.grad), torch.autocast(kind, dtype=dtype, enabled=on):
-        yield
-
-
 def _closed_over(function) -> dict[str, Any]:
     return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
 
 
 def _guards(code, names):
-    for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
-        if entry.guard_manager.check(names):
-            return entry.guard_manager
+    for compiled in torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
+        if compiled.guard_manager.check(names):
+            return compiled.guard_manager
     raise Unsuitable("the guards of a layer's graph cannot be asked")
-
-
-_FIRST = """
-def forward(self, *args, **kwargs):
-    if torch.compiler.is_compiling():
-        return following[0](self, *args, **kwargs)
-    return plain(self, *args, **kwargs)
-"""
-
-
-def _function(text: str, names: dict[str, Any]) -> Callable:
-    exec(compile(text, "<a layer as an operator>", "exec"), names)
-    return names["forward"]
-
-
-def _traced(call: _Call, form: _Form, texts: list, words: dict[str, Number], result, following: list) -> Callable:
-    """The layer's forward for calls of this form: a call of the operator."""
-    names: dict[str, Any] = {"torch": torch, "following": following, "sym_max": max, "sym_min": min}
-    names |= {"comptime": comptime, "unchanged": _unchanged}
-    kind, on, dtype = form.autocast
-    conditions = [f"torch.is_grad_enabled() == {form.grad}", f"torch.is_autocast_enabled({kind!r}) == {on}"]
-    if on:
-        conditions.append(f"torch.get_autocast_dtype({kind!r}) == {_constant(dtype, names)}")
-    texts, numbers = list(texts), [""] * len(words)
-    _same_form("args", form.args, conditions, texts, numbers, names)
-    _same_form("kwargs", dict(form.kwargs), conditions, texts, numbers, names)
-    of_words = {word: numbers[one.index] for word, one in words.items()}
-    sizes = call.region.conditions([texts[i] for i in call.places], of_words)
-    return _function(
-        "\n".join(
-            [
-                "def forward(self, *args, **kwargs):",
-                f"    if {_all(conditions)}:",
-                f"        if {_all(sizes)}:",
-                "            comptime(unchanged)",
-                f"            made = torch.ops.unsloth_ext.layer_forward([{', '.join(texts)}], "
-                f"[{', '.join(numbers)}], {call.number})",
-                f"            return {_returned(result)}",
-                "    return following[0](self, *args, **kwargs)",
-            ]
-        ),
-        names,
-    )
-
-
-def _all(conditions: list[str]) -> str:
-    return " and ".join(f"({condition})" for condition in conditions) or "True"
-
-
-def _same_form(text: str, value, conditions: list[str], texts: list, numbers: list, names: dict[str, Any]) -> None:
-    """Conditions under which the expression `text` has the form of `value`, and texts of its tensors and numbers."""
-    if isinstance(value, Leaf):
-        texts[value.index] = text
-        dtype, device = _constant(value.dtype, names), _constant(value.device, names)
-        conditions += [
-            f"isinstance({text}, torch.Tensor)",
-            f"{text}.ndim == {len(value.sizes)}",
-            f"{text}.dtype == {dtype}",
-            f"{text}.device == {device}",
-            f"{text}.requires_grad == {value.requires_grad}",
-        ]
-    elif isinstance(value, Number):
-        numbers[value.index] = text
-        conditions.append(f"isinstance({text}, int)")
-    elif isinstance(value, dict):
-        conditions.append(f"len({text}) == {len(value)}")
-        for key, item in value.items():
-            conditions.append(f"{key!r} in {text}")
-            _same_form(f"{text}[{key!r}]", item, conditions, texts, numbers, names)
-    elif isinstance(value, tuple | list):
-        conditions.append(f"len({text}) == {len(value)}")
-        for i, item in enumerate(value):
-            _same_form(f"{text}[{i}]", item, conditions, texts, numbers, names)
-    elif value is None or isinstance(value, bool):
-        conditions.append(f"{text} is {value}")
-    else:
-        conditions.append(f"{text} == {_constant(value, names)}")
-
-
-def _constant(value, names: dict[str, Any]) -> str:
-    if type(value) in (int, str):
-        return repr(value)
-    name = f"constant_{len(names)}"
-    names[name] = value
-    return name
-
-
-def _returned(result) -> str:
-    texts: list[str] = []
-
-    def text(value) -> str:
-        if isinstance(value, torch.Tensor):
-            texts.append("made[0]")
-            return texts[-1]
-        if type(value) is tuple:
-            return f"({''.join(text(x) + ', ' for x in value)})"
-        if value is None:
-            return "None"
-        raise Unsuitable(f"a layer returns a {type(value).__name__}")
-
-    found = text(result)
-    if len(texts) != 1:
-        raise Unsuitable(f"a layer returns {len(texts)} tensors")
-    return found
-
-
-def _unknown(self, *args, **kwargs):
-    """The end of each chain. Traced, it notes how the layer is called."""
-    comptime(_note)
-    raise RuntimeError("this layer has not been compiled for such a call")
-
-
-def _unchanged(context) -> None:
-    """Traced: the step has not changed the layer before it comes to it, by a hook say. It was compiled, and is looked at, as it is outside."""
-    translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-    effects, layer = translator.output.side_effects, _words(translator.symbolic_locals["self"])
-    for variable in effects.id_to_variable.values():
-        if effects.is_modified(variable) and (name := _words(variable)) and layer and name.startswith(layer):
-            _asked.form = Unsuitable(f"the step changes a layer before it calls it: {name}")
-            raise RuntimeError(str(_asked.form))
-
-
-def _words(variable) -> str | None:
-    name = getattr(getattr(variable, "source", None), "name", None)
-    return name() if callable(name) else name
-
-
-def _note(context) -> None:
-    try:
-        counts = itertools.count(), itertools.count()
-        args = _form_of(context.get_local("args")._ComptimeVar__variable, *counts)
-        kwargs = _form_of(context.get_local("kwargs")._ComptimeVar__variable, *counts)
-        devices = {leaf.device.type for leaf in leaves_of((args, kwargs))}
-        if len(devices) != 1:
-            raise Unsuitable(f"a layer's arguments are on {sorted(devices) or 'no device'}")
-        kind = devices.pop()
-        autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        _asked.form = _Form(args, tuple(kwargs.items()), torch.is_grad_enabled(), autocast)
-    except Unsuitable as reason:
-        _asked.form = reason
-
-
-def _form_of(variable, leaves, numbers):
-    from torch._dynamo import variables
-
-    if hasattr(variable, "realize"):
-        variable = variable.realize()
-    if isinstance(variable, variables.TensorVariable):
-        fake = variable.as_proxy().node.meta["example_value"]
-        return Leaf(
-            next(leaves), _hints(fake.shape), _hints(fake.stride()), fake.dtype, fake.device, fake.requires_grad
-        )
-    if isinstance(variable, variables.SymNodeVariable) and isinstance(variable.sym_num, torch.SymInt):
-        return Number(next(numbers), variable.sym_num.node.hint)
-    if isinstance(variable, variables.ConstantVariable):
-        if variable.value is None or isinstance(variable.value, bool | int | float | str | torch.dtype):
-            return variable.value
-    elif isinstance(variable, variables.ConstDictVariable):
-        return {key.vt.as_python_constant(): _form_of(value, leaves, numbers) for key, value in variable.items.items()}
-    elif type(variable) is variables.TupleVariable or type(variable) is variables.ListVariable:
-        return tuple(_form_of(item, leaves, numbers) for item in variable.items)
-    raise Unsuitable(f"a layer is called with a {type(variable).__name__}")
-
-
-def _hints(sizes) -> tuple[int, ...]:
-    return tuple(x if isinstance(x, int) else x.node.hint for x in sizes)
