@@ -132,6 +132,51 @@ def test_every_schedule_has_the_gradients_of_one_process(ranks, families, schedu
         assert ("the head" in foreign) == (rank_of[-1] != rank)
 
 
+def _by(messages, folder, seed, batches, device, **options):
+    """[loss, evaluated loss, gradients] of steps with batches of several lengths, and bytes that travel by copies."""
+    pipe = _pipeline(folder, seed, messages=messages, **options)
+    found = []
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        loss = pipe.step(**batch)
+        extra = [] if pipe._kind.v_shaped else [pipe.evaluate(**batch).cpu()]
+        found.append([loss.cpu(), *extra, {n: p.grad.cpu() for n, p in pipe.named_parameters()}])
+        for parameter in pipe.parameters():
+            parameter.grad = None
+    slot = 0 if isinstance(pipe._messages, str) else pipe._messages.slot
+    return found, slot
+
+
+def _both_ways(rank, world, folder, seed, batches, device="cpu", **options):
+    return [_by(messages, folder, seed, batches, device, **options) for messages in ("collective", "copies", "auto")]
+
+
+@pytest.mark.parametrize(("schedule", "stages"), [("1f1b", 1), ("interleaved-zero-bubble", 2), *SHORT])
+def test_messages_by_copies_change_no_bit(ranks, families, schedule, stages):
+    """Longer batches want larger places, shorter ones have them."""
+    seed, batches = int(torch.randint(1 << 30, ())), [_batch("padded", 8, length) for length in (9, 17, 11, 17)]
+    for (collective, none), (copies, slot), (auto, not_asked) in ranks(
+        2, _both_ways, folder=families["llama"], seed=seed, batches=batches, schedule=schedule, stages_per_rank=stages
+    ):
+        torch.testing.assert_close(copies, collective, rtol=0, atol=0)
+        torch.testing.assert_close(auto, collective, rtol=0, atol=0)
+        assert (none, not_asked) == (0, 0) and slot >= 2 * 17 * 32 * 4
+
+
+@pytest.mark.gpu
+def test_messages_by_copies_on_cards(cuda_ranks, families):
+    """Eager attention and float32: cuDNN's and flash's backwards differ from run to run."""
+    seed, batches = int(torch.randint(1 << 30, ())), [_batch("padded", 16, length) for length in (9, 170, 11, 170) * 3]
+    for schedule, stages in (("1f1b", 1), ("interleaved-1f1b", 2)):
+        options = dict(schedule=schedule, stages_per_rank=stages, microbatches=8, attn_implementation="eager")
+        for (collective, none), (copies, slot), (auto, asked) in cuda_ranks(
+            2, _both_ways, folder=families["llama"], seed=seed, batches=batches, device="cuda", **options
+        ):
+            torch.testing.assert_close(copies, collective, rtol=0, atol=1e-6)
+            torch.testing.assert_close(auto, collective, rtol=0, atol=1e-6)
+            assert none == 0 and asked == slot > 0
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "options"),
     [
@@ -267,6 +312,7 @@ def test_what_cannot_be_a_pipeline_is_refused_on_every_rank(ranks, families):
     cases = {
         "the model has 6 layers, fewer than the 8 stages": {"stages_per_rank": 4},
         "schedule must be one of gpipe": {"schedule": "2f2b"},
+        "messages must be auto or copies or collective, got 'post'": {"messages": "post"},
         "stages_per_rank must be 1 for schedule '1f1b', got 2": {"schedule": "1f1b", "stages_per_rank": 2},
         "microbatches must be a multiple of 2": {"microbatches": 5},
         "microbatches must be at least the 2 ranks": {"schedule": "1f1b", "microbatches": 1},

@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import Refused, UnslothExtError, UsageError
 from . import pipeline_load as loading
+from . import switch
 from .atomic_folder import begin, discard, flush, move_in
 from .pipeline_cut import cut_layers, head_in_layers, rank_of_stage, spans
 from .pipeline_schedules import check
@@ -43,6 +44,7 @@ from .team import Team
 __all__ = ["PipelineModel", "pipeline"]
 
 IGNORED = -100
+MESSAGES = ("auto", "copies", "collective")
 
 
 def pipeline(
@@ -55,6 +57,7 @@ def pipeline(
     layers: list[int] | None = None,
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
+    messages: str = "auto",
     quantization_config=None,
     attn_implementation: str | None = None,
     mesh: DeviceMesh | None = None,
@@ -70,6 +73,8 @@ def pipeline(
     layers: how many layers each stage has, first to last; cut evenly if None, the head weighed (pipeline_cut.py).
     dtype: of what is not quantised and of activations; the checkpoint's own if None. A 16-bit one computes under autocast.
     checkpointing: recompute each layer's activations in its backward.
+    messages: how tensors go to the neighbouring stages. "collective": by the process group's send and receive. "copies": by the cards'
+        copy engines (pipeline_messages.py), on one host only. "auto": by copies on cards where that is possible.
     quantization_config, attn_implementation: as in transformers; NF4 with double quantisation if None.
     mesh: one dimension, over all processes; made if None. timeout: how long to wait for a rank (10 minutes).
 
@@ -87,6 +92,8 @@ def pipeline(
         if ranks < 2:
             raise UsageError("a pipeline needs at least 2 processes", "Start it with torchrun --nproc-per-node 2.")
         kind, stages_per_rank = check(schedule, ranks, stages_per_rank, microbatches)
+        if messages not in MESSAGES:
+            raise UsageError(f"messages must be {' or '.join(MESSAGES)}, got {messages!r}")
         if kind.v_shaped and Version(torch.__version__).release < (2, 13):
             raise Refused(
                 f"schedule {schedule!r} on torch {torch.__version__}, whose V-shaped schedules begin by sending to themselves",
@@ -125,7 +132,7 @@ def pipeline(
         error = problem
     Team(f"loading {checkpoint}", timeout).agree(error)
     stages = {s: Stage(model.get_base_model(), cut[s], s == 0, s == len(cut) - 1, blue.dtype) for s in mine}
-    return PipelineModel(model, stages, cut, rank_of, kind, microbatches, device, mesh, timeout)
+    return PipelineModel(model, stages, cut, rank_of, kind, microbatches, messages, device, mesh, timeout)
 
 
 class PipelineModel:
@@ -135,10 +142,12 @@ class PipelineModel:
     stage; rank_of: the rank of each stage. All methods except `parameters` and `named_parameters` are collectives.
     """
 
-    def __init__(self, model, stages, cut, rank_of, kind, microbatches, device, mesh, timeout):
+    def __init__(self, model, stages, cut, rank_of, kind, microbatches, messages, device, mesh, timeout):
         self.model, self.stages, self.cut, self.rank_of = model, stages, cut, rank_of
         self.microbatches, self.device = microbatches, device
-        self._kind, self._group = kind, mesh.get_group()
+        self._kind, self._group, self._mesh, self._timeout = kind, mesh.get_group(), mesh, timeout
+        by_copies = messages == "copies" or (messages == "auto" and device.type == "cuda")
+        self._must_copy, self._messages = messages == "copies", None if by_copies else "not asked for"
         # Batches are compared on the host, beside the training.
         self._talk = None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo", timeout=timeout)
         # NCCL makes a communicator at its first use, which waits for all ranks; in the middle of a schedule they are not all there.
@@ -196,13 +205,19 @@ class PipelineModel:
         masks = {name: value for name, value in masks.items() if value is not None}
         losses: list[torch.Tensor] = []
         run = schedule.step if backward else schedule.eval
-        run(
-            *([input_ids] if first else []),
-            target=labels if last else None,
-            losses=losses,
-            return_outputs=False,
-            **masks,
-        )
+        try:
+            run(
+                *([input_ids] if first else []),
+                target=labels if last else None,
+                losses=losses,
+                return_outputs=False,
+                **masks,
+            )
+        except BaseException:
+            self._made = (None, None)
+            if not isinstance(self._messages, str):
+                self._messages = None  # its numbers are not the other ranks' any more
+            raise
         loss = torch.stack([x.detach().float() for x in losses]).sum() if last else torch.zeros((), device=self.device)
         dist.broadcast(loss, self.rank_of[-1], group=self._group)
         return loss
@@ -253,14 +268,18 @@ class PipelineModel:
         if key != (rows, length):
             from torch.distributed.pipelining import PipelineStage
 
+            from .pipeline_messages import StageWithMessages
+
             self._made = (None, None)
             hidden, last = self.model.config.hidden_size, len(self.cut) - 1
+            dtype = next(iter(self.stages.values())).dtype
+            by_copies = self._connect(rows * length * hidden * dtype.itemsize)
             made = []
             for number, stage in self.stages.items():
                 ids = torch.empty((rows, length), dtype=torch.int64, device="meta")
-                states = torch.empty((rows, length, hidden), dtype=stage.dtype, device="meta", requires_grad=True)
+                states = torch.empty((rows, length, hidden), dtype=dtype, device="meta", requires_grad=True)
                 made.append(
-                    PipelineStage(
+                    (StageWithMessages if by_copies else PipelineStage)(
                         stage,
                         number,
                         last + 1,
@@ -270,9 +289,27 @@ class PipelineModel:
                         group=self._group,
                     )  # fmt: skip
                 )
+                if by_copies:
+                    made[-1].messages, made[-1].travels = self._messages, states
             schedule = self._kind.make(made, self.microbatches, self._loss)
             self._made = ((rows, length), schedule)
         return schedule
+
+    def _connect(self, size: int) -> bool:
+        """Whether messages go by copies. A collective where they may and `size` bytes are more than before."""
+        from .pipeline_messages import connected
+
+        if isinstance(self._messages, str) or (self._messages is not None and size <= self._messages.slot):
+            return not isinstance(self._messages, str)
+        rank = self._mesh.get_local_rank()
+        found = connected(self.rank_of, rank, size, self.microbatches, self._mesh, self.device, self._timeout)
+        if isinstance(found, str) and self._must_copy:
+            raise UsageError(f"messages='copies' is not possible: {found}", "Leave it at 'auto'.")
+        if isinstance(found, str):
+            switch.say(f"Stages send by the collective, not by copies: {found}.")
+        # What was connected before is let go only now, when all ranks' cards have done with it.
+        self._messages = found
+        return not isinstance(found, str)
 
     def _loss(self, hidden, labels):
         return self.stages[len(self.cut) - 1].loss(hidden, labels, self._items)
