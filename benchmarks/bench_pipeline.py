@@ -1,6 +1,7 @@
 """What a pipeline-parallel QLoRA step costs: 1F1B, interleaved 1F1B and zero bubble, beside DDP and our FSDP2.
 
     python benchmarks/bench_pipeline.py --nproc 2                                  # 8B, every side in turn, each under torchrun
+    python benchmarks/bench_pipeline.py --nproc 2 --compiled                       # each layer compiled, on every side
     python benchmarks/bench_pipeline.py --nproc 4 --architecture llama-3.1-70b --checkpointing
     python benchmarks/bench_pipeline.py --simulate                                 # no card: bubbles from counts of operations
     python benchmarks/bench_pipeline.py --nproc 2 --tiny --cpu                     # that it runs: a toy model on gloo, no figures
@@ -51,6 +52,8 @@ def prepare(side, args, device):
     import torch
     import torch.distributed as dist
 
+    if args.compiled:
+        from unsloth_ext.compiling import compile_model
     torch.manual_seed(3407)
     if side in PIPELINES:
         from unsloth_ext.fsdp2 import pipeline
@@ -61,6 +64,8 @@ def prepare(side, args, device):
             stages_per_rank=args.stages_per_rank if side.startswith("interleaved") else None,
             checkpointing=args.checkpointing, attn_implementation="sdpa",
         )  # fmt: skip
+        if args.compiled:
+            compile_model(pipe.model)
         return lambda batch: pipe.step(batch, batch), list(pipe.parameters()), pipe
     from peft import get_peft_model
 
@@ -77,6 +82,8 @@ def prepare(side, args, device):
     model = get_peft_model(model, lora_config()).train()
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.compiled:
+        compile_model(model)
     if side == "fsdp2":
         model = shard(model)
     else:
@@ -278,7 +285,8 @@ def run_side(side, args, folder: Path) -> dict | str:
     worker = ["--worker", side, "--checkpoint", args.checkpoint]
     for name in ("steps", "warmup", "batch", "length", "vocabulary", "stages_per_rank"):
         worker += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    worker += [flag for flag, on in (("--checkpointing", args.checkpointing), ("--cpu", args.cpu)) if on]
+    flags = ("checkpointing", "compiled", "cpu")
+    worker += [f"--{flag}" for flag in flags if getattr(args, flag)]
     row = folder / f"{side}-{os.getpid()}.json"
     return launch.run(str(Path(__file__)), worker, row, args.nproc, args.limit, cpu=args.cpu, log=f"pipeline_{side}")
 
@@ -314,7 +322,7 @@ def summary(row: dict, args, record) -> dict:
 
 
 def claims(rows: dict[str, dict], args, record) -> list[dict]:
-    case, found = f"fsdp2.pipeline.{args.architecture.split('-')[-1]}_x{args.nproc}", []
+    case, found = f"fsdp2.{args.record.replace('_', '.', 1)}", []
     rate = {side: row["tokens_s"]["p50"] for side, row in rows.items()}
 
     def claim(name, side, other, target, baseline):
@@ -351,6 +359,7 @@ def parse():
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--stages-per-rank", type=int, default=2, help="of the interleaved schedules")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations layer by layer")
+    parser.add_argument("--compiled", action="store_true", help="layers through compile_model, on every side")
     parser.add_argument("--limit", type=int, default=300, help="seconds a side")
     parser.add_argument("--simulate", action="store_true", help="only the simulator, from counts of operations")
     parser.add_argument("--tiny", action="store_true", help="a toy model")
@@ -386,7 +395,8 @@ def main() -> int:
         return 0
     if args.tiny:
         args.length, args.vocabulary = min(args.length, 32), 512
-    args.record = args.record or f"pipeline_{args.architecture.split('-')[-1]}_x{args.nproc}"
+    compiled = "_compiled" if args.compiled else ""
+    args.record = args.record or f"pipeline_{args.architecture.split('-')[-1]}_x{args.nproc}{compiled}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         checkpoint = folder / "nf4"
