@@ -14,6 +14,9 @@ is too large for one card and FSDP2's gathers cost too much. The price is the bu
 (pipeline_schedules.py), and a whole batch a step that every rank must be given. With interleaved 1F1B a rank has several stages,
 which divides the bubble by their number. Weight gradients are too small under LoRA for zero bubble to win; it can be chosen.
 
+`unsloth_ext.compiling.compile_model(model.model)` compiles the layers of all stages: 8B, two H200, rows of 4096: 24.9 where it was
+19.4 thousand tokens a second (two runs), and less memory at the peak.
+
 torch's public interface only: stages are told shapes and dtypes, so that no step is spent on finding them; another length makes
 new stages, which costs milliseconds. The loss is that of one process: every microbatch's sum over the number of labels of all.
 """

@@ -7,8 +7,9 @@ does its actions in order, an action waits for what it needs from the neighbouri
 Zero bubble (Qi et al., arXiv 2401.10241) delays W, on which nobody waits, into the bubble. With full fine-tuning W is a third of
 the work. Under LoRA it is 2 T r (in + out) operations for a matrix that costs 2 T in out forward: below 1 % at rank 16 (`costs`).
 There is nothing to fill the bubble with. Interleaving (Narayanan et al., arXiv 2104.04473) cuts the bubble itself: a rank with v
-stages waits for a v-th of the time. So interleaved 1F1B is what `pipeline` does unless told otherwise. On two H200 (8B) it is as
-fast as 1F1B, with more memory, and 1.38 times as fast as zero bubble (benchmarks/NOTES.md).
+stages waits for a v-th of the time. So interleaved 1F1B is what `pipeline` does unless told otherwise. On two H200 (8B, compiled
+layers, messages by copies) it is 1.06 times as fast as torch's 1F1B, uncompiled 1.04 times and 1.72 times as fast as zero bubble
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
