@@ -60,7 +60,7 @@ def main():
             found["outlines"] = any(script.outline for script in budget.scripts.values())
             found["why"] = sorted({script.why for script in budget.scripts.values()})
         else:
-            compiled, ours = compile_model(model, "step"), []
+            compiled = compile_model(model, "step", shared_layers=False)
             counts.clear()
             ours = base.step(model, made)
             found["step counts"], found["breaks"] = sorted(set(counts)), compiled.report().breaks
