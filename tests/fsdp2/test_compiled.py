@@ -67,12 +67,10 @@ def _same_as_one_process(answers, expected, together=True):
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("family", "options"),
-    [
-        ("llama", {"schedule": "interleaved-1f1b"}),
-        pytest.param("qwen3", {"schedule": "1f1b", "checkpointing": True}, marks=pytest.mark.extended),
-    ],
+    [("llama", {"schedule": "interleaved-1f1b"}), ("qwen3", {"schedule": "1f1b", "checkpointing": True})],
 )
 def test_a_pipeline(ranks, families, family, options, backend="aot_eager"):  # noqa: F811
     seed, batch = int(torch.randint(1 << 30, ())), _batch("padded")
