@@ -45,7 +45,9 @@ def _under_ddp(rank, world, folder, seed, batch, backend):
     torch.manual_seed(seed)
     model = get_peft_model(models.whole(folder, dtype=torch.float32), _lora()).train()
     compiled = compile_model(model, backend=backend)
+    first, torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = torch.distributed._DEFAULT_FIRST_BUCKET_BYTES, 500
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-3)
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = first
     loss = wrapped(**batch, use_cache=False).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, compiled.report()
@@ -73,16 +75,33 @@ def _same_as_one_process(answers, expected, together=True):
     [("llama", {"schedule": "interleaved-1f1b"}), ("qwen3", {"schedule": "1f1b", "checkpointing": True})],
 )
 def test_a_pipeline(ranks, families, family, options, backend="aot_eager"):  # noqa: F811
-    seed, batch = int(torch.randint(1 << 30, ())), _batch("padded")
+    seed, batch = int(torch.randint(1 << 30, ())), _batch()
     answers = ranks(2, _pipelined, folder=families[family], seed=seed, batch=batch, backend=backend, **options)
     _same_as_one_process(answers, _expected(_one(families[family], seed), batch), together=False)
+
+
+def _refusals(rank, world, folder):
+    from unsloth_ext.compiling import compile_model
+    from unsloth_ext.errors import Refused
+
+    pipe, found = _pipeline(folder, 1), []
+    for options in ({"scope": "step"}, {"cuda_graphs": True}):
+        with pytest.raises(Refused) as caught:
+            compile_model(pipe.model, **options)
+        found.append(str(caught.value))
+    return found, [name for name, module in pipe.model.named_modules() if "forward" in module.__dict__]
+
+
+def test_a_pipeline_is_compiled_by_layers_or_refused(ranks, families):  # noqa: F811
+    for found, changed in ranks(2, _refusals, folder=families["llama"]):
+        assert all("layers of other ranks" in text for text in found) and not changed
 
 
 @pytest.mark.parametrize(
     ("order", "checkpointing"), [("before", False), pytest.param("after", True, marks=pytest.mark.extended)]
 )
 def test_a_sharded_model(ranks, families, order, checkpointing):  # noqa: F811
-    seed, batch = int(torch.randint(1 << 30, ())), _batch("padded")
+    seed, batch = int(torch.randint(1 << 30, ())), _batch()
     options = dict(folder=families["llama"], seed=seed, batch=batch, backend="aot_eager")
     answers = ranks(2, _sharded, order=order, checkpointing=checkpointing, **options)
     _same_as_one_process(answers, _expected(_one(families["llama"], seed), batch))
@@ -90,7 +109,7 @@ def test_a_sharded_model(ranks, families, order, checkpointing):  # noqa: F811
 
 def test_under_ddp_a_layer_stays_one_graph(ranks, families):  # noqa: F811
     """Dynamo would cut it where a bucket of gradients is full."""
-    seed, batch = int(torch.randint(1 << 30, ())), _batch("padded")
+    seed, batch = int(torch.randint(1 << 30, ())), _batch()
     options = dict(folder=families["llama"], seed=seed, batch=batch, backend="aot_eager")
     answers = ranks(2, _under_ddp, **options)
     _same_as_one_process(answers, _expected(_one(families["llama"], seed), batch))

@@ -151,16 +151,56 @@ def _both_ways(rank, world, folder, seed, batches, device="cpu", **options):
     return [_by(messages, folder, seed, batches, device, **options) for messages in ("collective", "copies", "auto")]
 
 
-@pytest.mark.parametrize(("schedule", "stages"), [("1f1b", 1), ("interleaved-zero-bubble", 2), *SHORT])
-def test_messages_by_copies_change_no_bit(ranks, families, schedule, stages):
+@pytest.mark.parametrize(
+    ("schedule", "world", "stages", "microbatches"),
+    [
+        ("gpipe", 2, 1, 7),  # seven tensors one after the other, through two places
+        ("interleaved-1f1b", 3, 2, 6),
+        pytest.param("1f1b", 4, 1, 6, marks=pytest.mark.extended),
+        pytest.param("interleaved-zero-bubble", 3, 2, 6, marks=pytest.mark.extended),
+        *(pytest.param(schedule, 2, stages, 5, marks=pytest.mark.extended) for schedule, stages in SHORT[1:]),
+    ],
+)
+def test_messages_by_copies_change_no_bit(ranks, families, schedule, world, stages, microbatches):
     """Longer batches want larger places, shorter ones have them."""
-    seed, batches = int(torch.randint(1 << 30, ())), [_batch("padded", 8, length) for length in (9, 17, 11, 17)]
+    seed, batches = int(torch.randint(1 << 30, ())), [_batch("padded", 7, length) for length in (9, 17, 11, 25)]
+    options = dict(schedule=schedule, stages_per_rank=stages, microbatches=microbatches)
     for (collective, none), (copies, slot), (auto, not_asked) in ranks(
-        2, _both_ways, folder=families["llama"], seed=seed, batches=batches, schedule=schedule, stages_per_rank=stages
+        world, _both_ways, folder=families["llama"], seed=seed, batches=batches, **options
     ):
         torch.testing.assert_close(copies, collective, rtol=0, atol=0)
         torch.testing.assert_close(auto, collective, rtol=0, atol=0)
-        assert (none, not_asked) == (0, 0) and slot >= 2 * 17 * 32 * 4
+        assert (none, not_asked) == (0, 0) and slot >= 17 * 136 * 4
+
+
+def _fails_in_a_step(rank, world, folder, device="cpu"):
+    from datetime import timedelta
+
+    from unsloth_ext.errors import UnslothExtError
+
+    batch = torch.arange(48, device=device).view(4, 12)
+    pipe = _pipeline(folder, 1, messages="copies", timeout=timedelta(seconds=5))
+    pipe.step(batch, batch)
+    if rank == 0:
+        pipe.stages[0].register_forward_pre_hook(_no_memory)
+    found = []
+    for _ in range(2):
+        try:
+            pipe.step(batch, batch)
+        except (RuntimeError, UnslothExtError) as error:
+            found.append(str(error))
+    return found
+
+
+def _no_memory(*_):
+    raise torch.OutOfMemoryError("none is left")
+
+
+def test_a_step_that_failed_is_the_last_one(ranks, families):
+    """What the others have sent, or wait for, is not counted any more."""
+    zero, one = ranks(2, _fails_in_a_step, folder=families["llama"])
+    assert "failed to run forward" in zero[0] and "rank 0 has not come to this exchange within 5 s" in one[0]
+    assert zero[1] == one[1] and "this pipeline cannot go on: a step failed on rank 0" in one[1]
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 
 from unsloth_ext.errors import UsageError
 from unsloth_ext.fsdp2.pipeline_cut import cut_layers, head_in_layers, rank_of_stage, spans
-from unsloth_ext.fsdp2.pipeline_schedules import actions, check, costs, simulate
+from unsloth_ext.fsdp2.pipeline_schedules import actions, check, costs, simulate, slots_needed
 
 
 def _over(schedule, ranks, stages, microbatches, forward, backward_input, backward_weight):
@@ -127,3 +127,15 @@ def test_stages_a_rank_that_are_not_told():
         check("zbv", 2, 3, 8)
     with pytest.raises(UsageError, match="multiple of 2 .*got 11"):
         check("interleaved-1f1b", 4, 2, 11)
+
+
+def test_how_many_messages_an_edge_must_hold():
+    chain = [[(0, "F", m) for m in range(5)], [(1, "F", m) for m in range(5)]]
+    assert slots_needed(chain) == 1
+    expected = {
+        ("1f1b", 8, 1, 32): 1, ("gpipe", 4, 1, 16): 1, ("interleaved-1f1b", 2, 2, 8): 1, ("interleaved-1f1b", 8, 4, 64): 1,
+        ("interleaved-1f1b", 5, 2, 14): 3, ("interleaved-1f1b", 8, 2, 22): 4, ("interleaved-zero-bubble", 4, 2, 7): 3,
+    }  # fmt: skip
+    assert {case: slots_needed(actions(*case)) for case in expected} == expected
+    with pytest.raises(ValueError, match="waits for itself"):
+        slots_needed([[(0, "B", 0), (0, "F", 0)], [(1, "F", 0), (1, "B", 0)]])

@@ -258,7 +258,7 @@ def _late(rank, world):
     import unsloth_ext.fsdp2.peer_memory as peer_memory
 
     memory = peer_memory.HostMemory()
-    part, peer_memory._PATIENCE = memory.allocate(64).zero_(), 0.2
+    part, memory.patience = memory.allocate(64).zero_(), 0.2
     memory.forget()
     try:
         memory.wait_for_number(part.data_ptr(), 5, 0, 1)
@@ -267,7 +267,7 @@ def _late(rank, world):
 
 
 def test_who_does_not_come_is_named(ranks):
-    assert "rank 1 has not come to this gather" in ranks(1, _late)[0]
+    assert "rank 1 has not come to this exchange" in ranks(1, _late)[0]
 
 
 def _exchanged(rank, world, cuda=False):

@@ -129,6 +129,11 @@ def compile_model(
     if not torch.torch_version.TorchVersion(torch.__version__) >= LEAST_TORCH:
         raise Refused(f"compile_model needs torch 2.11 or newer, this is {torch.__version__}")
     inner, layers = decoder(model)
+    if (scope == "step" or cuda_graphs) and any(hasattr(layer, "on_another_rank") for layer in layers):
+        raise Refused(
+            "this is a stage of a pipeline, with layers of other ranks: only the layers can be compiled",
+            "Use scope='block', without cuda_graphs.",
+        )
     if "_unsloth_ext_compiled" in model.__dict__:
         raise Refused(
             "this model is compiled already", "Call restore() of the first compile_model's result before another."
@@ -308,7 +313,7 @@ def _settings():
             accumulated_recompile_limit=max(LIMIT, torch._dynamo.config.accumulated_recompile_limit),
             skip_nnmodule_hook_guards=False,  # else a hook on one layer alone is not seen where another's graph is taken
             specialize_float=True,  # else each Python float is a symbol first, and everything is traced a second time
-            optimize_ddp=False,  # else Dynamo cuts a graph under DDP where a bucket of gradients is full; a layer's are one anyway
+            optimize_ddp=False,  # else Dynamo cuts a graph under DDP where a bucket of gradients is full; LoRA's are soon sent
             verbose=True,  # keeps Dynamo's frames in its exceptions: compile_failure.py reads the module in them
         ),
     ):

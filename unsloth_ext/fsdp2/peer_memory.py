@@ -28,10 +28,12 @@ _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 _GREATER_OR_EQUAL = (
     0  # CU_STREAM_WAIT_VALUE_GEQ: of the difference as a signed number, so it goes on where the numbers begin anew
 )
+_FLUSH = 1 << 30  # CU_STREAM_WAIT_VALUE_FLUSH
+_CAN_FLUSH = 98  # CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
 _SEGMENT = 640 << 20  # bytes of a piece of memory: about what is there twice while tensors move into it
 _MULTIPLE = 2 << 20  # what cudaMalloc's pieces are multiples of
 _ALIGNED = 256
-_PATIENCE = 600.0  # seconds that a process on a CPU waits for another
+_PATIENCE = 600.0  # seconds that a process on a CPU waits for another, unless told
 
 
 def of_device(device: torch.device):
@@ -228,9 +230,30 @@ class PeerMemory:
             _must(driver.cuMemcpyAsync(target, at, 4, stream), "writing a number to another rank")
 
     @staticmethod
-    def wait_for_number(at: int, number: int, stream: int, rank: int) -> None:
-        """Let the stream wait until the number here is `number` or has passed it, for as long as this process lives."""
-        _must(_driver().cuStreamWaitValue32_v2(stream, at, number, _GREATER_OR_EQUAL), "waiting for another rank")
+    def wait_for_number(at: int, number: int, stream: int, rank: int, flush: bool = False) -> None:
+        """Let the stream wait until the number here is `number` or has passed it, for as long as this process lives.
+
+        flush: what another card wrote here before it wrote the number is seen after it too, on cards where that is not so by itself.
+        """
+        how = _GREATER_OR_EQUAL | (_FLUSH if flush else 0)
+        _must(_driver().cuStreamWaitValue32_v2(stream, at, number, how), "waiting for another rank")
+
+    def can_flush(self) -> bool:
+        """Whether `wait_for_number` can flush here: said by the driver, and tried."""
+        card, has, driver = ctypes.c_int(), ctypes.c_int(), _driver()
+        if driver.cuDeviceGet(ctypes.byref(card), self.device.index):
+            return False
+        if driver.cuDeviceGetAttribute(ctypes.byref(has), _CAN_FLUSH, card) or not has.value:
+            return False
+        number, stream = torch.ones(1, dtype=torch.int32, device=self.device), torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.device(self.device):
+                self.wait_for_number(number.data_ptr(), 1, stream.cuda_stream, 0, flush=True)
+            stream.synchronize()
+        except (AttributeError, OSError, RuntimeError):
+            return False
+        return True
 
 
 class HostMemory:
@@ -238,6 +261,7 @@ class HostMemory:
 
     def __init__(self):
         self.files: dict[int, str] = {}
+        self.patience = _PATIENCE
 
     def identity(self) -> str:
         return "cpu"
@@ -293,11 +317,13 @@ class HostMemory:
         for target in targets:
             ctypes.c_uint32.from_address(target).value = number
 
-    @staticmethod
-    def wait_for_number(at: int, number: int, stream: int, rank: int) -> None:
-        """Raises RuntimeError, naming the rank, after ten minutes."""
-        seen, end = ctypes.c_uint32.from_address(at), time.monotonic() + _PATIENCE
+    def wait_for_number(self, at: int, number: int, stream: int, rank: int, flush: bool = False) -> None:
+        """Raises RuntimeError, naming the rank, after `patience` seconds."""
+        seen, end = ctypes.c_uint32.from_address(at), time.monotonic() + self.patience
         while ((seen.value - number) & 0xFFFFFFFF) >= 1 << 31:
             if time.monotonic() > end:
-                raise RuntimeError(f"rank {rank} has not come to this gather within {_PATIENCE:g} s")
+                raise RuntimeError(f"rank {rank} has not come to this exchange within {self.patience:g} s")
             time.sleep(2e-5)
+
+    def can_flush(self) -> bool:
+        return False

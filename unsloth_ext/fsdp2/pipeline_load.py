@@ -31,6 +31,8 @@ _NEEDS_NO_WEIGHTS = (True, False, "gaussian", "orthogonal")
 class Elsewhere(nn.Module):
     """In the place of a module of another rank."""
 
+    on_another_rank = True
+
     def __init__(self, name: str):
         super().__init__()
         self.name = name

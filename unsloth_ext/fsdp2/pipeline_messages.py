@@ -7,9 +7,11 @@ one of a few slots of the receiver's memory (peer_memory.py) on the edge's own s
 waits for that number where the tensor is needed, copies it out of the slot, and writes back that the slot is free. Nothing is
 received ahead of time, no multiprocessor waits, and neither do hosts.
 
-What is held for messages is `SLOTS` tensors an edge, where torch keeps a buffer for each microbatch of each stage.
+What is held for messages is a few tensors an edge, where torch keeps a buffer for each microbatch of each stage: as many as ranks need
+that go on only once what they send has a place (`pipeline_schedules.slots_needed`), so that nothing that makes a card wait for all
+of its streams, an allocation that finds no memory or a first compile, can make two ranks wait for each other.
 
-A rank that dies leaves the others' streams waiting; the loss at the end of the step is a collective, whose time limit ends them.
+Waits on a card have no time limit. A rank that ends leaves the others' cards waiting until their launcher ends them, as torchrun does.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from .team import Team
 
 __all__ = ["Messages", "StageWithMessages", "connected"]
 
-SLOTS = 2  # tensors on the way to a stage: one that is being read, one that is being written
+_LEAST_SLOTS = 2  # tensors on the way to a stage: one that is being read, one that is being written
 _ALIGNED = 256
 _NUMBER = 4  # bytes
 _ARRIVED, _TAKEN, _ARRIVED_HERE, _TAKEN_HERE = range(
     4
 )  # kinds of numbers; the last two are what is copied to the other rank
+_PAST_ALL = 1 << 30  # more messages than any edge will see
 
 
 class Messages:
@@ -45,6 +48,7 @@ class Messages:
         self.size_here = self._place(rank, len(rank_of) * 2, 0)
         self.count: dict[tuple[int, int], int] = {}  # (edge, what this rank does there): messages so far
         self.streams: dict[int, torch.cuda.Stream] = {}
+        self.flush = False  # see `PeerMemory.can_flush`
         self.memory = self.part = None
 
     # An edge is 2 s for stage s to s + 1, and 2 s + 1 for the way back.
@@ -71,7 +75,15 @@ class Messages:
 
     def read_from(self, addresses: list[int], rank: int) -> None:
         """addresses: of each rank's `part`, in this process."""
-        self.addresses = addresses
+        self.addresses, self.flush = addresses, self.memory.can_flush()
+
+    def give_up(self) -> None:
+        """End all waits of this rank's card, whose results nobody will use. The edges cannot be used any more."""
+        if self.part is not None and self.part.is_cuda:
+            aside = torch.cuda.Stream(self.part.device)  # the others may be waiting
+            with torch.cuda.stream(aside):
+                self.part[: self.numbers].view(torch.int32).fill_(_PAST_ALL)
+            aside.synchronize()
 
     def _next(self, edge: int, kind: int) -> int:
         count = self.count[edge, kind] = self.count.get((edge, kind), 0) + 1
@@ -105,7 +117,7 @@ class Messages:
         there, here = self.ends(edge)
         count = self._next(edge, _TAKEN)
         stream = torch.cuda.current_stream(into.device).cuda_stream if into.is_cuda else 0
-        self.memory.wait_for_number(self._number(here, edge, _ARRIVED), count & 0xFFFFFFFF, stream, there)
+        self.memory.wait_for_number(self._number(here, edge, _ARRIVED), count & 0xFFFFFFFF, stream, there, self.flush)
         place = self._place(here, edge, (count - 1) % self.slots)
         size = into.numel() * into.itemsize
         into.view(torch.uint8).view(-1).copy_(self.part[place : place + size])
@@ -145,6 +157,8 @@ class StageWithMessages(PipelineStage):
         if messages.between_ranks(2 * number - 2):
             self.set_local_fwd_input(messages.take(2 * number - 2, self._empty()), fwd_chunk_id)
         output = super().forward_one_chunk(fwd_chunk_id, *arguments, **keywords)
+        if not self.has_backward and messages.between_ranks(2 * number - 2):
+            self.set_local_fwd_input(self._nothing(), fwd_chunk_id)
         if messages.between_ranks(2 * number):
             messages.send(2 * number, output.detach().contiguous())
         return output
@@ -156,15 +170,17 @@ class StageWithMessages(PipelineStage):
         if receives := messages.between_ranks(2 * number + 1):
             self.set_local_bwd_input((messages.take(2 * number + 1, self._empty()),), bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, *arguments, **keywords)
-        nothing = torch.empty(0, dtype=self.travels.dtype, device=self.device)
         if receives:
-            self.set_local_bwd_input((nothing,), bwd_chunk_id)
+            self.set_local_bwd_input((self._nothing(),), bwd_chunk_id)
         if messages.between_ranks(2 * number - 1):
             messages.send(2 * number - 1, self.get_local_bwd_output(bwd_chunk_id)[0].contiguous())
-            self.set_local_fwd_input(nothing, bwd_chunk_id)
+            self.set_local_fwd_input(self._nothing(), bwd_chunk_id)
 
     def _empty(self) -> torch.Tensor:
         return torch.empty(self.travels.shape, dtype=self.travels.dtype, device=self.device)
+
+    def _nothing(self) -> torch.Tensor:
+        return torch.empty(0, dtype=self.travels.dtype, device=self.device)
 
     def _let_go(self) -> None:
         """Of the buffers that torch has made for what each microbatch receives."""
@@ -176,12 +192,11 @@ class StageWithMessages(PipelineStage):
 
 
 def connected(
-    rank_of: list[int], rank: int, size: int, microbatches: int, mesh: DeviceMesh, device: torch.device, timeout
+    rank_of: list[int], rank: int, size: int, slots: int, mesh: DeviceMesh, device: torch.device, timeout
 ) -> Messages | str:
-    """A collective. `Messages` of all ranks, or what stands against them on some rank."""
+    """A collective. `Messages` of all ranks, or what stands against them on some rank. slots: see `pipeline_schedules.slots_needed`."""
     team = Team("connecting the pipeline's stages", timeout)
     if not all(team.gather(peer_memory.streams_can_wait(device))):
         return "streams cannot wait for numbers in memory on some rank"
-    # On a CPU it is the host that would wait for a slot to be free, with what another rank waits for still to be computed.
-    messages = Messages(rank_of, rank, size, SLOTS if device.type == "cuda" else microbatches)
+    messages = Messages(rank_of, rank, size, max(slots, _LEAST_SLOTS))
     return connect([], mesh, timeout, [messages]) or messages

@@ -39,7 +39,7 @@ from . import pipeline_load as loading
 from . import switch
 from .atomic_folder import begin, discard, flush, move_in
 from .pipeline_cut import cut_layers, head_in_layers, rank_of_stage, spans
-from .pipeline_schedules import check
+from .pipeline_schedules import SCHEDULES, actions, check, slots_needed
 from .pipeline_stage import Stage
 from .processes import LIMIT, default_mesh, device_of, meet
 from .team import Team
@@ -135,7 +135,7 @@ def pipeline(
         error = problem
     Team(f"loading {checkpoint}", timeout).agree(error)
     stages = {s: Stage(model.get_base_model(), cut[s], s == 0, s == len(cut) - 1, blue.dtype) for s in mine}
-    return PipelineModel(model, stages, cut, rank_of, kind, microbatches, messages, device, mesh, timeout)
+    return PipelineModel(model, stages, cut, rank_of, schedule, microbatches, messages, device, mesh, timeout)
 
 
 class PipelineModel:
@@ -145,11 +145,13 @@ class PipelineModel:
     stage; rank_of: the rank of each stage. All methods except `parameters` and `named_parameters` are collectives.
     """
 
-    def __init__(self, model, stages, cut, rank_of, kind, microbatches, messages, device, mesh, timeout):
+    def __init__(self, model, stages, cut, rank_of, schedule, microbatches, messages, device, mesh, timeout):
         self.model, self.stages, self.cut, self.rank_of = model, stages, cut, rank_of
         self.microbatches, self.device = microbatches, device
-        self._kind, self._group, self._mesh, self._timeout = kind, mesh.get_group(), mesh, timeout
+        self._schedule_name, self._kind = schedule, SCHEDULES[schedule]
+        self._group, self._mesh, self._timeout = mesh.get_group(), mesh, timeout
         by_copies = messages == "copies" or (messages == "auto" and device.type == "cuda")
+        self._failed: str | None = None
         self._must_copy, self._messages = messages == "copies", None if by_copies else "not asked for"
         # Batches are compared on the host, beside the training.
         self._talk = None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo", timeout=timeout)
@@ -216,13 +218,16 @@ class PipelineModel:
                 return_outputs=False,
                 **masks,
             )
-        except BaseException:
-            self._made = (None, None)
-            if not isinstance(self._messages, str):
-                self._messages = None  # its numbers are not the other ranks' any more
+        except BaseException as problem:
+            # The other ranks wait for messages, or have sent some, that nobody will count.
+            self._failed, self._made = f"{type(problem).__name__}: {problem}".partition("\n")[0], (None, None)
+            if self._messages is not None and not isinstance(self._messages, str):
+                self._messages.give_up()
             raise
         loss = torch.stack([x.detach().float() for x in losses]).sum() if last else torch.zeros((), device=self.device)
-        dist.broadcast(loss, self.rank_of[-1], group=self._group)
+        dist.all_reduce(
+            loss, group=self._group
+        )  # no broadcast: who has it knows that all have taken what was sent to them
         return loss
 
     def _agreed(self, batch, items) -> tuple[tuple, torch.Tensor]:
@@ -242,17 +247,23 @@ class PipelineModel:
             error = str(problem) or type(problem).__name__
         everyone: list = [None] * dist.get_world_size()
         try:
-            dist.all_gather_object(everyone, (error, mark), group=self._talk)
+            dist.all_gather_object(everyone, (error, mark, self._failed), group=self._talk)
         except RuntimeError as problem:
             raise UnslothExtError(
                 f"a rank did not come to the step: {problem}",
                 "Look at the output of the rank that is missing: it failed first.",
             ) from problem
-        failed = {rank: text for rank, (text, _) in enumerate(everyone) if text is not None}
+        for rank, (_, _, text) in enumerate(everyone):
+            if text is not None:
+                raise UnslothExtError(
+                    f"this pipeline cannot go on: a step failed on rank {rank}: {text}",
+                    "Save what is to be kept (save_adapter), and start all processes again.",
+                )
+        failed = {rank: text for rank, (text, _, _) in enumerate(everyone) if text is not None}
         if failed:
             rank, text = next(iter(failed.items()))
             raise UsageError(f"the batch of rank {rank} does not fit ({len(failed)} of {len(everyone)} ranks): {text}")
-        for rank, (_, other) in enumerate(everyone):
+        for rank, (_, other, _) in enumerate(everyone):
             if other != everyone[0][1]:
                 differs = [n for n, a, b in zip(_NAMES, other[2], everyone[0][1][2], strict=True) if a != b]
                 raise UsageError(
@@ -304,8 +315,13 @@ class PipelineModel:
 
         if isinstance(self._messages, str) or (self._messages is not None and size <= self._messages.slot):
             return not isinstance(self._messages, str)
-        rank = self._mesh.get_local_rank()
-        found = connected(self.rank_of, rank, size, self.microbatches, self._mesh, self.device, self._timeout)
+        if self._messages is not None:
+            size = max(
+                size, 2 * self._messages.slot
+            )  # memory that was shared stays torch's: lengths that rise would add up
+        rank, ranks = self._mesh.get_local_rank(), self._mesh.size()
+        slots = slots_needed(actions(self._schedule_name, ranks, len(self.cut) // ranks, self.microbatches))
+        found = connected(self.rank_of, rank, size, slots, self._mesh, self.device, self._timeout)
         if isinstance(found, str) and self._must_copy:
             raise UsageError(f"messages='copies' is not possible: {found}", "Leave it at 'auto'.")
         if isinstance(found, str):

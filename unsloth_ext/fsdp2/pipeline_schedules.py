@@ -7,9 +7,9 @@ does its actions in order, an action waits for what it needs from the neighbouri
 Zero bubble (Qi et al., arXiv 2401.10241) delays W, on which nobody waits, into the bubble. With full fine-tuning W is a third of
 the work. Under LoRA it is 2 T r (in + out) operations for a matrix that costs 2 T in out forward: below 1 % at rank 16 (`costs`).
 There is nothing to fill the bubble with. Interleaving (Narayanan et al., arXiv 2104.04473) cuts the bubble itself: a rank with v
-stages waits for a v-th of the time. So interleaved 1F1B is what `pipeline` does unless told otherwise. On two H200 (8B, compiled
-layers, messages by copies) it is 1.06 times as fast as torch's 1F1B, uncompiled 1.04 times and 1.72 times as fast as zero bubble
-(benchmarks/NOTES.md).
+stages waits for a v-th of the time. So interleaved 1F1B is what `pipeline` does unless told otherwise. On two H200 (8B) it is 1.72
+times as fast as zero bubble. With torch's messages it is no faster than 1F1B, with those of pipeline_messages.py 1.06 times as fast
+as torch's 1F1B (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from ..errors import UsageError
 from .pipeline_cut import rank_of_stage
 
-__all__ = ["SCHEDULES", "Simulated", "actions", "check", "costs", "simulate"]
+__all__ = ["SCHEDULES", "Simulated", "actions", "check", "costs", "simulate", "slots_needed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,51 @@ def actions(
             seen[stage, what] += 1
         table.append(row)
     return table
+
+
+def slots_needed(table: Sequence[Sequence[tuple[int, str, int]]]) -> int:
+    """How many messages an edge must hold for ranks that go on only once what they send has a place, in a step and in an evaluation.
+
+    table: from `actions`. With fewer, two ranks could wait for each other, each with a message that the other does not take yet. Raises
+    ValueError for a table that waits for itself.
+    """
+    forwards = [[action for action in row if action[1] == "F"] for row in table]
+    for slots in range(1, sum(map(len, table)) + 1):
+        if all(_ends(rows, slots) for rows in (table, forwards)):
+            return slots
+    raise ValueError("the schedule waits for itself: no rank can go on")
+
+
+def _ends(table, slots: int) -> bool:
+    """Whether all ranks come to the end of their rows."""
+    rank_of = {stage: rank for rank, row in enumerate(table) for stage, _, _ in row}
+    waiting = [
+        [step for action in row for step in _messages_of(action, rank_of)][::-1] for row in table
+    ]  # the next one last
+    on_the_way: collections.Counter = collections.Counter()
+    moved = True
+    while moved:
+        moved = False
+        for steps in waiting:
+            while steps:
+                edge, change = steps[-1]
+                if not 0 <= on_the_way[edge] + change <= slots:
+                    break
+                on_the_way[edge] += change
+                steps.pop()
+                moved = True
+    return not any(waiting)
+
+
+def _messages_of(action, rank_of):
+    """[(edge, -1 taken or 1 sent)] of an action, in order; an edge is named by the stages that it goes from and to."""
+    stage, what, _ = action
+    forth = {"F": 1, "B": -1, "I": -1}.get(what)
+    if forth is None:
+        return []
+    found = [((stage - forth, stage), -1), ((stage, stage + forth), 1)]
+    return [(edge, change) for edge, change in found if rank_of.get(edge[0], -1) != rank_of.get(edge[1], -1)
+            and edge[0] in rank_of and edge[1] in rank_of]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
