@@ -5,7 +5,7 @@ receive of what is not, and NCCL's kernels hold multiprocessors from when they b
 of them. Here each direction between two neighbouring stages is an edge of its own. The sender's card copies a finished tensor into
 one of a few slots of the receiver's memory (peer_memory.py) on the edge's own stream, and then its number; the receiver's stream
 waits for that number where the tensor is needed, copies it out of the slot, and writes back that the slot is free. Nothing is
-received ahead of time, no multiprocessor waits, and neither do hosts.
+received ahead of time, and no multiprocessor waits.
 
 What is held for messages is a few tensors an edge, where torch keeps a buffer for each microbatch of each stage: as many as ranks need
 that go on only once what they send has a place (`pipeline_schedules.slots_needed`), so that nothing that makes a card wait for all
@@ -29,9 +29,8 @@ __all__ = ["Messages", "StageWithMessages", "connected"]
 _LEAST_SLOTS = 2  # tensors on the way to a stage: one that is being read, one that is being written
 _ALIGNED = 256
 _NUMBER = 4  # bytes
-_ARRIVED, _TAKEN, _ARRIVED_HERE, _TAKEN_HERE = range(
-    4
-)  # kinds of numbers; the last two are what is copied to the other rank
+# Kinds of numbers; the last two are what is copied to the other rank.
+_ARRIVED, _TAKEN, _ARRIVED_HERE, _TAKEN_HERE = range(4)
 _PAST_ALL = 1 << 30  # more messages than any edge will see
 
 
