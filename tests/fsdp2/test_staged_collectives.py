@@ -257,8 +257,8 @@ def test_between_cards(cuda_ranks, checkpoints):
 def _late(rank, world):
     import unsloth_ext.fsdp2.peer_memory as peer_memory
 
-    memory = peer_memory.HostMemory()
-    part, memory.patience = memory.allocate(64).zero_(), 0.2
+    memory = peer_memory.HostMemory(patience=0.2)
+    part = memory.allocate(64).zero_()
     memory.forget()
     try:
         memory.wait_for_number(part.data_ptr(), 5, 0, 1)

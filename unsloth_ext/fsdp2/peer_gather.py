@@ -143,9 +143,7 @@ def connect(units: list[list[NF4Shard]], mesh: DeviceMesh, timeout=None, others=
     units, others = (units, others) if world > 1 else ([], ())
     memory = identity = reason = None
     try:
-        memory = peer_memory.of_device(device)
-        if timeout is not None and device.type == "cpu":
-            memory.patience = timeout.total_seconds()
+        memory = peer_memory.of_device(device, None if timeout is None else timeout.total_seconds())
         identity = memory.identity()
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # copies of an earlier model, whose memory this one may get, have ended then

@@ -36,10 +36,10 @@ _ALIGNED = 256
 _PATIENCE = 600.0  # seconds that a process on a CPU waits for another, unless told
 
 
-def of_device(device: torch.device):
-    """Raises RuntimeError for a device whose memory cannot be shared so, OSError without the driver's library."""
+def of_device(device: torch.device, patience: float | None = None):
+    """patience: seconds that a process on a CPU waits for another. Raises RuntimeError for a device whose memory cannot be shared so, OSError without the driver's library."""
     if device.type == "cpu":
-        return HostMemory()
+        return HostMemory(_PATIENCE if patience is None else patience)
     if device.type != "cuda" or torch.version.cuda is None:  # ROCm's devices are called "cuda" too
         raise RuntimeError(
             f"only NVIDIA cards and CPUs share memory between processes here, not {device.type} of this torch"
@@ -259,9 +259,9 @@ class PeerMemory:
 class HostMemory:
     """The same for processes on CPUs. Numbers and what they announce are seen in the order of their writing on x86, nowhere else."""
 
-    def __init__(self):
+    def __init__(self, patience: float = _PATIENCE):
         self.files: dict[int, str] = {}
-        self.patience = _PATIENCE
+        self.patience = patience
 
     def identity(self) -> str:
         return "cpu"
