@@ -24,9 +24,9 @@ new stages, which costs milliseconds. The loss is that of one process: every mic
 from __future__ import annotations
 
 import datetime
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,19 +34,22 @@ from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import Refused, UnslothExtError, UsageError
+from ..errors import Refused, UsageError
 from . import pipeline_load as loading
 from . import switch
 from .atomic_folder import begin, discard, flush, move_in
+from .pipeline_batch import agreed
 from .pipeline_cut import cut_layers, head_in_layers, rank_of_stage, spans
 from .pipeline_schedules import SCHEDULES, actions, check, slots_needed
 from .pipeline_stage import Stage
 from .processes import LIMIT, default_mesh, device_of, meet
 from .team import Team
 
+if TYPE_CHECKING:
+    from .pipeline_messages import Messages
+
 __all__ = ["PipelineModel", "pipeline"]
 
-IGNORED = -100
 MESSAGES = ("auto", "copies", "collective")
 
 
@@ -150,9 +153,10 @@ class PipelineModel:
         self.microbatches, self.device = microbatches, device
         self._schedule_name, self._kind = schedule, SCHEDULES[schedule]
         self._group, self._mesh, self._timeout = mesh.get_group(), mesh, timeout
-        by_copies = messages == "copies" or (messages == "auto" and device.type == "cuda")
-        self._failed: str | None = None
-        self._must_copy, self._messages = messages == "copies", None if by_copies else "not asked for"
+        self._must_copy = messages == "copies"
+        self._may_copy = self._must_copy or (messages == "auto" and device.type == "cuda")
+        self._messages: Messages | None = None
+        self._failed: str | None = None  # why a step did
         # Batches are compared on the host, beside the training.
         self._talk = None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo", timeout=timeout)
         # NCCL makes a communicator at its first use, which waits for all ranks; in the middle of a schedule they are not all there.
@@ -202,7 +206,9 @@ class PipelineModel:
                 stage.train()
 
     def _run(self, batch, items, backward: bool) -> torch.Tensor:
-        (input_ids, labels, attention_mask, position_ids), items = self._agreed(batch, items)
+        (input_ids, labels, attention_mask, position_ids), items = agreed(
+            batch, items, self._failed, self.microbatches, self.device, self._talk
+        )
         self._items.copy_(items)
         schedule = self._schedule(input_ids.shape[0] // self.microbatches, input_ids.shape[1])
         first, last = 0 in self.stages, len(self.cut) - 1 in self.stages
@@ -220,61 +226,18 @@ class PipelineModel:
             )
         except BaseException as problem:
             # The other ranks wait for messages, or have sent some, that nobody will count.
-            self._failed, self._made = f"{type(problem).__name__}: {problem}".partition("\n")[0], (None, None)
-            if self._messages is not None and not isinstance(self._messages, str):
+            cause, self._made = (
+                problem.__cause__ or problem,
+                (None, None),
+            )  # torch says in which stage, and why only in the cause
+            self._failed = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+            if self._messages is not None:
                 self._messages.give_up()
             raise
         loss = torch.stack([x.detach().float() for x in losses]).sum() if last else torch.zeros((), device=self.device)
-        dist.all_reduce(
-            loss, group=self._group
-        )  # no broadcast: who has it knows that all have taken what was sent to them
+        # No broadcast: who has it knows that all have taken what was sent to them.
+        dist.all_reduce(loss, group=self._group)
         return loss
-
-    def _agreed(self, batch, items) -> tuple[tuple, torch.Tensor]:
-        """The batch on the device with all its rows, and the divisor, after every rank has said that its batch is good and what it is."""
-        error = prepared = mark = None
-        try:
-            prepared = _checked(*batch)
-            if items is None:
-                items = (prepared[1][:, 1:] != IGNORED).sum()
-                if not items:
-                    raise UsageError("labels has nothing to learn: every label after the first of a row is ignored")
-            items = torch.as_tensor(items, dtype=torch.float32, device="cpu")
-            if items.numel() != 1 or not items > 0:
-                raise UsageError(f"num_items_in_batch must be a positive number, got {items}")
-            mark = (tuple(prepared[0].shape), float(items), [None if t is None else _checksum(t) for t in prepared])
-        except Exception as problem:
-            error = str(problem) or type(problem).__name__
-        everyone: list = [None] * dist.get_world_size()
-        try:
-            dist.all_gather_object(everyone, (error, mark, self._failed), group=self._talk)
-        except RuntimeError as problem:
-            raise UnslothExtError(
-                f"a rank did not come to the step: {problem}",
-                "Look at the output of the rank that is missing: it failed first.",
-            ) from problem
-        for rank, (_, _, text) in enumerate(everyone):
-            if text is not None:
-                raise UnslothExtError(
-                    f"this pipeline cannot go on: a step failed on rank {rank}: {text}",
-                    "Save what is to be kept (save_adapter), and start all processes again.",
-                )
-        failed = {rank: text for rank, (text, _, _) in enumerate(everyone) if text is not None}
-        if failed:
-            rank, text = next(iter(failed.items()))
-            raise UsageError(f"the batch of rank {rank} does not fit ({len(failed)} of {len(everyone)} ranks): {text}")
-        for rank, (_, other, _) in enumerate(everyone):
-            if other != everyone[0][1]:
-                differs = [n for n, a, b in zip(_NAMES, other[2], everyone[0][1][2], strict=True) if a != b]
-                raise UsageError(
-                    f"rank {rank} was given another batch than rank 0: {other[0]} and {everyone[0][1][0]} tokens, "
-                    f"{', '.join(differs) or 'num_items_in_batch'} differ",
-                    "Every rank must be given the whole batch: no DistributedSampler, and the same seed for the order.",
-                )
-        filled = [
-            None if t is None else _filled(n, t, self.microbatches) for n, t in zip(_NAMES, prepared, strict=True)
-        ]
-        return tuple(None if t is None else t.to(self.device) for t in filled), items
 
     def _schedule(self, rows: int, length: int):
         """torch's schedule for microbatches of this shape. The last one is kept: its buffers are as large as the activations."""
@@ -313,22 +276,21 @@ class PipelineModel:
         """Whether messages go by copies. A collective where they may and `size` bytes are more than before."""
         from .pipeline_messages import connected
 
-        if isinstance(self._messages, str) or (self._messages is not None and size <= self._messages.slot):
-            return not isinstance(self._messages, str)
-        if self._messages is not None:
-            size = max(
-                size, 2 * self._messages.slot
-            )  # memory that was shared stays torch's: lengths that rise would add up
+        before = self._messages
+        if not self._may_copy or (before is not None and size <= before.slot):
+            return self._may_copy
+        if before is not None:  # memory that was shared stays torch's: lengths that rise would add up
+            size = max(size, 2 * before.slot)
         rank, ranks = self._mesh.get_local_rank(), self._mesh.size()
         slots = slots_needed(actions(self._schedule_name, ranks, len(self.cut) // ranks, self.microbatches))
         found = connected(self.rank_of, rank, size, slots, self._mesh, self.device, self._timeout)
-        if isinstance(found, str) and self._must_copy:
-            raise UsageError(f"messages='copies' is not possible: {found}", "Leave it at 'auto'.")
         if isinstance(found, str):
+            if self._must_copy:
+                raise UsageError(f"messages='copies' is not possible: {found}", "Leave it at 'auto'.")
             switch.say(f"Stages send by the collective, not by copies: {found}.")
-        # What was connected before is let go only now, when all ranks' cards have done with it.
-        self._messages = found
-        return not isinstance(found, str)
+            self._may_copy, found = False, None
+        self._messages = found  # what was connected before is let go only now, when all ranks' cards have done with it
+        return self._may_copy
 
     def _loss(self, hidden, labels):
         return self.stages[len(self.cut) - 1].loss(hidden, labels, self._items)
@@ -364,36 +326,6 @@ class PipelineModel:
                 error = problem
         Team(f"saving the adapter to {folder}").agree(error)
         return folder
-
-
-_NAMES = ("input_ids", "labels", "attention_mask", "position_ids")
-
-
-def _checked(*batch) -> tuple:
-    """On the CPU. Raises `UsageError`, which names the tensor."""
-    shape = getattr(batch[0], "shape", None)
-    for name, tensor in zip(_NAMES, batch, strict=True):
-        if tensor is None and name not in ("input_ids", "labels"):
-            continue
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or 0 in tensor.shape:
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise UsageError(f"{name} must be a tensor [rows, length], got {found}")
-        if tensor.shape != shape:
-            raise UsageError(f"{name} must have the shape {tuple(shape)} of input_ids, got {tuple(tensor.shape)}")
-        if tensor.is_floating_point():
-            raise UsageError(f"{name} must be of an integer dtype, got {tensor.dtype}")
-    return tuple(None if t is None else t.detach().to("cpu", torch.int64) for t in batch)
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().numpy())
-
-
-def _filled(name: str, tensor: torch.Tensor, microbatches: int) -> torch.Tensor:
-    """With copies of the last row up to a multiple of `microbatches`; their labels are ignored."""
-    more = -tensor.shape[0] % microbatches
-    rows = tensor[-1:].expand(more, -1)
-    return torch.cat([tensor, torch.full_like(rows, IGNORED) if name == "labels" else rows]) if more else tensor
 
 
 def _write(config, state: dict[str, torch.Tensor], folder: Path) -> None:
