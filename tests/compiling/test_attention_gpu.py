@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from unsloth_ext.compiling import attention
 from unsloth_ext.compiling.attention import packed_attention, refusal
+from unsloth_ext.compiling.attention_cudnn import cudnn_attention
 from unsloth_ext.compiling.attention_efficient import efficient_attention
 from unsloth_ext.compiling.attention_flex import block_masks
 
@@ -19,6 +20,7 @@ BOUNDS = {torch.bfloat16: 4e-2, torch.float16: 8e-3, torch.float32: 8e-3}  # fp3
 CALLS = [
     (backend, dtype, width, window, softcap)
     for backend, dtypes, widths in (
+        ("cudnn", (torch.bfloat16, torch.float16), (64, 128)),
         ("flash", (torch.bfloat16, torch.float16), (64, 128)),
         ("efficient", (torch.bfloat16, torch.float32), (64, 128)),
         ("flex", (torch.bfloat16, torch.float32), (64, 128)),
@@ -49,7 +51,7 @@ def test_values_and_gradients(backend, dtype, width, window, softcap):
     assert worst(found, exact(*row, cu_seqlens, **options)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("backend", ["flash", "efficient", "flex"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient", "flex"])
 def test_one_graph_for_64_packings(backend):
     counter = CompileCounterWithBackend("inductor")
     softcap = 2.0 if backend == "flex" else None
@@ -78,7 +80,7 @@ def test_one_graph_for_64_packings(backend):
     assert worst(found, wanted) < BOUNDS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("backend", ["flash", "efficient"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 def test_empty_documents(backend):
     """What a graph appends where no token is left over."""
     lengths = [0, 70, 0, 300, 0]
@@ -89,18 +91,41 @@ def test_empty_documents(backend):
     assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.float16]
 
 
+@pytest.mark.parametrize("backend, operator", [("cudnn", cudnn_attention), ("efficient", efficient_attention)])
 @pytest.mark.parametrize("window", [None, 100])
-def test_the_efficient_operator(window):
+def test_an_operator(backend, operator, window):
     """Its fake kernel, its schema and its gradient's registration; also for a bound above the row's length."""
     lengths = [90, *random_lengths(3, 100)]
     row = row_on_card(lengths, torch.bfloat16, 64)
+    if reason := refusal(backend, row[0]):
+        pytest.skip(reason)
     for bound in (128, 2048):
         inputs = (*row[:3], boundaries(lengths, "cuda"), bound, 0.125, window)
         torch.library.opcheck(
-            efficient_attention, inputs, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+            operator, inputs, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
-    found = result_and_gradients(packed_attention, *row, boundaries(lengths, "cuda"), 2048, backend="efficient")
+    found = result_and_gradients(packed_attention, *row, boundaries(lengths, "cuda"), 2048, backend=backend)
     assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.bfloat16]
+
+
+def test_cudnn_on_many_documents_streams_and_threads():
+    """More documents than the smallest graph takes, on a stream of its own, the backward in autograd's thread; the same bits twice where
+    algorithms are to be deterministic."""
+    lengths = [*random_lengths(40, 90), 1500]
+    row = row_on_card(lengths, torch.bfloat16, 128)
+    if reason := refusal("cudnn", row[0]):
+        pytest.skip(reason)
+    cu_seqlens, side = boundaries(lengths, "cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.cuda.stream(side):
+            twice = [result_and_gradients(packed_attention, *row, cu_seqlens, 1536, backend="cudnn") for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
+    assert worst(twice[0], exact(*row, cu_seqlens)) < BOUNDS[torch.bfloat16]
 
 
 def test_a_row_too_long_for_one_flash_call(monkeypatch):
@@ -124,7 +149,7 @@ def test_rows_with_strides():
     lengths = random_lengths(4, 300)
     row = row_on_card(lengths, torch.bfloat16, 64)
     cu_seqlens = boundaries(lengths, "cuda")
-    wanted = packed_attention(*row[:3], cu_seqlens, 384)
+    wanted = packed_attention(*row[:3], cu_seqlens, 384)  # cuDNN's forward too is the same twice
     strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in row[:3]]
     assert not strided[0].is_contiguous()
     assert torch.equal(packed_attention(*strided, cu_seqlens, 384), wanted)

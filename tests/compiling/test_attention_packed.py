@@ -1,6 +1,11 @@
 """Packed attention on a CPU against the dense mask in fp64, as an operator, in a graph, and with input it cannot take."""
 
+import os
 import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from packings import boundaries, exact, random_lengths, random_row, result_and_g
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unsloth_ext.compiling import attention_exact
+from unsloth_ext.compiling import attention_cudnn, attention_exact
 from unsloth_ext.compiling.attention import BACKENDS, choose, packed_attention, refusal
 
 # eps of the dtype times what a sum of some hundred products loses; the largest seen in 2000 draws is under a tenth of it
@@ -96,12 +101,14 @@ def test_one_graph_for_64_packings():
 @pytest.mark.parametrize(
     "backend, dtype, operator",
     [
+        ("cudnn", torch.bfloat16, "unsloth_ext.cudnn_attention"),
         ("flash", torch.bfloat16, "aten._flash_attention_forward"),
         ("efficient", torch.float32, "unsloth_ext.efficient_attention"),
     ],
 )
-def test_one_graph_of_the_card_s_kernels(backend, dtype, operator):
+def test_one_graph_of_the_card_s_kernels(backend, dtype, operator, monkeypatch):
     """Traced with tensors that pretend to be on a card: grouped heads, a window, any packing, one operator."""
+    monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "")
     graphs = []
 
     def keep(graph, inputs):
@@ -139,10 +146,55 @@ def test_the_choice():
             choose(torch.empty(4, 2, 64, dtype=torch.float64, device="cuda"))
 
 
+def test_the_choice_where_cudnn_can_be_had(monkeypatch):
+    with FakeTensorMode():
+        queries = [torch.empty(4, 2, width, dtype=dtype, device="cuda") for dtype, width in (
+            (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 256), (torch.float32, 64))]  # fmt: skip
+        huge = torch.empty(2**17, 128, 128, dtype=torch.bfloat16, device="cuda")
+        assert refusal("cudnn", queries[0]) == "there is no card"
+        monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "")
+        assert [choose(query) for query in queries] == ["cudnn", "cudnn", "flash", "efficient"]
+        assert choose(huge) == "flash"
+        assert choose(queries[0], softcap=2.0) == "flex"
+
+
+def test_kinds_of_cudnn_graphs_are_few():
+    found = {
+        (attention_cudnn._up(n, 16), attention_cudnn._up(longest, 1024), attention_cudnn._up(tokens, 8192))
+        for n in range(1, 33) for longest in (30, 1024, 2048) for tokens in (40, 5000, 8192)
+    }  # fmt: skip
+    assert found == {(n, longest, 8192) for n in (16, 32) for longest in (1024, 2048)}
+    assert attention_cudnn._up(8193, 8192) == 16384
+
+
+PLACES = """
+import random, torch
+from unsloth_ext.compiling.attention_cudnn_places import write_places
+for n, room in ((1, 16), (9, 16), (16, 16), (30, 32)):
+    lengths = [random.choice([0, 1, random.randint(1, 900)]) for _ in range(n)]
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    places = torch.full((4, room + 32), -1, dtype=torch.int32)
+    write_places(ends, places, room, (4096, 1024, 32))
+    padded = torch.cat([ends, ends[-1:].expand(room - n)])
+    assert places[0, :room].tolist() == lengths + [0] * (room - n)
+    for row, token in enumerate((4096, 1024, 32), start=1):
+        assert torch.equal(places[row, : room + 1], padded * token)
+    assert (places[:, room + 1 :] == -1).all()
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_where_documents_begin_interpreted():
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), env.get("PYTHONPATH", ""))))
+    done = subprocess.run([sys.executable, "-c", PLACES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_refusals():
     query, key, value, _ = random_row([5, 3], dtype=torch.float32)
     cu_seqlens = boundaries([5, 3])
-    for backend in ("flash", "efficient"):
+    for backend in ("cudnn", "flash", "efficient"):
         assert "cpu" in refusal(backend, query)
         with pytest.raises(ValueError, match=f"backend='{backend}'.*on cpu"):
             packed_attention(query, key, value, cu_seqlens, 5, backend=backend)

@@ -173,7 +173,8 @@ def test_weights_that_are_kept_dense(name):
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["MLP", "QKV"])
 def test_inductor_copies_nothing_together(name):
-    """What makes the gradients writes them into the columns that the product reads, and p is written beside them in place."""
+    """The gradients are written into the columns that the product reads by an operator, which for q, k and v copies them, and p beside
+    them in place: Inductor has no copies of its own."""
     from torch._inductor.utils import run_and_get_code
 
     given = given_for(name, (8, 8, 8), torch.bfloat16)
@@ -197,11 +198,12 @@ def test_inductor_copies_nothing_together(name):
         rf"extern_kernels\.mm\({wide}, buf\d+, out", backward
     ), backward  # what p was written into is multiplied
     made = [line for line in backward.splitlines() if "empty_strided" in line and f", {columns})" in line]
-    if name == "MLP":  # the operator allocates it
+    assert not made, backward  # the operator allocates it
+    if name == "MLP":
         (dh,) = re.findall(r"swiglu_lora_backward_\.default\((buf\d+),", backward)
-        assert re.search(rf"extern_kernels\.mm\([^;]*out={dh}\)", backward) and not made, backward
+        assert re.search(rf"extern_kernels\.mm\([^;]*out={dh}\)", backward), backward
     else:
-        assert len(made) == 1, backward
+        assert len(re.findall(r"beside\.default\(", backward)) == 1, backward
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -228,7 +230,9 @@ def test_swiglu_lora(dtype, rank):
     torch.library.opcheck(torch.ops.unsloth_ext.swiglu_lora.default, (e, g, a))
     wide, low = operators.swiglu_lora(e, g, a)
     h = swiglu_forward(e, g)
-    assert wide.shape == (7, 96 + rank + -rank % 8) and torch.equal(wide[:, :96], h)
+    assert wide.shape == (7, 96 + rank + -rank % 8)
+    # Written into columns, an exponential is a scalar's, else a vector's: once in thousands they are a bit apart.
+    torch.testing.assert_close(wide[:, :96], h, rtol=torch.finfo(dtype).eps, atol=0)
     assert torch.equal(wide[:, 96 : 96 + rank], low) and not wide[:, 96 + rank :].any()
     assert off([low], [h.double() @ a.double().t()]) < 2 * torch.finfo(dtype).eps
 

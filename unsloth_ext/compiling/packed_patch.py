@@ -27,6 +27,7 @@ _READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_met
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
 _RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",))
+_LENGTHS = Target(_PACKING, "_normalize_packed_lengths", _SINCE, ("995c9fc0a205e043",))
 _MODEL = Target(_LLAMA, "LlamaModel_fast_forward", _SINCE, ("0290956913cf0a15",))
 
 
@@ -191,6 +192,25 @@ def _found(lengths, total, device):
     return made
 
 
+def _lengths(original):
+    import torch
+
+    to_card = original.__globals__["_pinned_to_device"]
+    is_compiling = torch.compiler.is_compiling
+
+    @functools.wraps(original)
+    def _normalize_packed_lengths(seq_lengths, *, device):
+        if seq_lengths is None or is_compiling() or torch.device(device).type != "cuda":
+            return original(seq_lengths, device=device)
+        if not isinstance(seq_lengths, torch.Tensor):
+            seq_lengths = torch.tensor(seq_lengths, dtype=torch.int64)
+        if seq_lengths.device.type == "cpu":
+            seq_lengths = to_card(seq_lengths, device)
+        return original(seq_lengths, device=device)
+
+    return _normalize_packed_lengths
+
+
 def _whole_row():
     """Context parallelism shards the row: the boundaries of the whole are wrong for a shard."""
     manager = getattr(sys.modules[_LLAMA], "get_cp_manager", None)
@@ -289,6 +309,15 @@ def _flex(module, target):
 
 
 PATCHES = (
+    Patch(
+        id="compiling.packed_lengths",
+        challenge="C",
+        summary="the loss of a packed batch is queued behind the layers: its lengths go to the card without waiting for it",
+        targets=(_LENGTHS,),
+        relies_on=(Target(_PACKING, "_pinned_to_device", _SINCE, ("81bd6efbd5d94620",)),),
+        replace=_lengths,
+        run_time_only=_NOT_YET,
+    ),
     Patch(
         id="compiling.packed_metadata",
         challenge="C",
