@@ -7,7 +7,7 @@ import torch
 from projection_weights import lora, mean_off, results, swiglu_backward, swiglu_forward
 
 from unsloth_ext.compiling import projections
-from unsloth_ext.compiling.projections_operators import swiglu_lora, swiglu_lora_backward_
+from unsloth_ext.compiling.projections_operators import swiglu_lora, swiglu_lora_backward
 from unsloth_ext.nf4 import dequantize
 
 pytestmark = pytest.mark.gpu
@@ -95,7 +95,7 @@ def test_nothing_is_copied_together():
     _, codes = run_and_get_code(lambda: run(x).backward(outer[0]))
     (backward,) = (code for code in codes if "nf4_stacked" in code)
     (wide,) = re.findall(r"copy_columns_\.default\(reinterpret_tensor\((buf\d+),", backward)
-    (dh,) = re.findall(r"swiglu_lora_backward_\.default\((buf\d+),", backward)
+    (dh,) = re.findall(r"swiglu_lora_backward\.default\((buf\d+),", backward)
     assert re.search(rf"extern_kernels\.mm\({wide}, buf\d+, out", backward), backward
     assert re.search(rf"extern_kernels\.mm\([^;]*out={dh}\)", backward), backward
     assert f", {2 * I + 64})" not in "".join(
@@ -122,18 +122,20 @@ def test_swiglu_lora(dtype, rank, rows, width):
 def test_swiglu_lora_backward(dtype, ranks, rows, width):
     dh, e, g = (torch.randn(rows, width, device=CARD).to(dtype) for _ in range(3))
     low, p = (torch.randn(rows, n, device=CARD).to(dtype) for n in (ranks[0] + ranks[1], ranks[2]))
-    h = dh.clone()
-    wide, sums = swiglu_lora_backward_(h, e, g, low, p, ranks[0], 64)
+    wide, sums = swiglu_lora_backward(dh, e, g, low, p, ranks[0], 64)
     near = 4 * torch.finfo(dtype).eps
-    for found, wanted in zip((h, wide[:, width:-64], wide[:, :width]), swiglu_backward(dh, e, g), strict=True):
+    h, *both = swiglu_backward(dh, e, g)
+    for found, wanted in zip((wide[:, width:-64], wide[:, :width]), both, strict=True):
         torch.testing.assert_close(found, wanted, rtol=near, atol=near)
     assert not wide[:, 2 * width :].any()
     pairs = (low[:, : ranks[0]], wide[:, :width]), (low[:, ranks[0] :], wide[:, width : 2 * width]), (p, h)
     exact = torch.cat([left.double().t() @ right.double() for left, right in pairs])
     assert sums.shape == exact.shape and sums.dtype == torch.float32
     if rows:
-        least = 1e-5 if max(ranks) <= 64 else torch.finfo(dtype).eps  # cuBLAS rounds to 16 bits
-        assert ((sums - exact).norm() / exact.norm()).item() < least
+        # cuBLAS rounds to 16 bits, and h is the neighbour of torch's here and there: the kernel's exponential is another.
+        eps, both = torch.finfo(dtype).eps, ranks[0] + ranks[1]
+        for part, least in ((slice(0, both), 1e-5 if max(ranks) <= 64 else eps), (slice(both, None), eps)):
+            assert ((sums[part] - exact[part]).norm() / exact[part].norm()).item() < least
 
 
 def test_peak_memory():

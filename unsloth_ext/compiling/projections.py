@@ -5,7 +5,7 @@ projection after the other:
 
 * The input's gradient is one product, [dY_1 | dY_2 | p_1 | p_2] [W_1; W_2; A_1; A_2] with p = s dY B. The sum over the projections and
   over LoRA happens inside the product, in its accumulator, instead of by reading and writing the gradient again. The weights
-  are dequantised one under the other (`nf4_stacked`), and SwiGLU's backward writes straight into its columns (`swiglu_lora_backward_`);
+  are dequantised one under the other (`nf4_stacked`), and SwiGLU's backward writes straight into its columns (`swiglu_lora_backward`);
   those of q, k and v come from rope and attention, and are copied. A single projection's dY would have to be copied, which for o costs what it spares (measured on an
   H200), so `Linear` adds LoRA's part to the product; for down, whose product has a wide result, the copy is worth it.
 * The p of one input are one product, [dY_1 | dY_2] with the B in a block diagonal matrix, the gradients of its A another one,
@@ -13,7 +13,7 @@ projection after the other:
   of these reads the wide operand once. The narrow operands are matrices of their own, not columns of one whose rows are tens of KB
   apart.
 * In the MLP's backward the gradients of gate's and up's B and of down's A are sums over the rows of what SwiGLU's backward has in its
-  registers, and are made there (`swiglu_lora_backward_`): no pass of their own.
+  registers, and are made there (`swiglu_lora_backward`): no pass of their own.
 * x A^T is kept from the forward, rank columns instead of the input's width that would have to be read once more.
 * In the forward gate, up and down are one product each, [x A^T | x] [s B | W]^T, on weights dequantised beside LoRA's
   (`nf4_augmented`); what makes down's input writes its x A^T beside it (`swiglu_lora`). Their bits are therefore not those of a sum
@@ -31,7 +31,7 @@ from ..nf4 import dequantization
 from ..nf4.augmented import nf4_augmented, nf4_stacked
 from ..nf4.dense_copies import copy_of, group_of, product_below, product_beside
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
-from .projections_operators import add_product_, beside, copy_columns_, swiglu_lora, swiglu_lora_backward_
+from .projections_operators import add_product_, beside, copy_columns_, swiglu_lora, swiglu_lora_backward
 
 __all__ = ["MLP", "QKV", "Linear", "gate_or_up", "mlp_refusal", "refusal"]
 
@@ -173,7 +173,7 @@ class MLP(torch.autograd.Function):
         dh = _times_stacked(dh, (down_weight,), (down_a,))
         (ddown_b,) = _gradients_of_b(dy, down_low, (down_b,), (down_scaling,))
         a_s, b_s, scalings = (gate_a, up_a), (gate_b, up_b), (gate_scaling, up_scaling)
-        wide, sums = swiglu_lora_backward_(
+        wide, sums = swiglu_lora_backward(
             dh, e.flatten(0, -2), g.flatten(0, -2), low, p, gate_a.shape[0], _columns_of(b_s)
         )
         at, end = gate_a.shape[0], low.shape[1]

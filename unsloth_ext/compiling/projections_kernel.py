@@ -4,9 +4,9 @@ Forward: a program takes some rows and goes along a part of them, so that its pa
 is written beside h: the next product reads both as one matrix, and h is neither read once more for A nor the result for B.
 
 Backward: Inductor would compute a concatenation of pointwise results by one kernel of the concatenation's size, whose halves each read all
-that both need, beside another kernel for h; here everything is read once, and written as columns of one matrix. The gradients of gate's and up's B and of down's A are
+that both need; here everything is read once, and written as columns of one matrix. The gradients of gate's and up's B and of down's A are
 sums over the rows, of de, dg and h, which are here already: a program takes some columns and goes down the rows, so those sums
-stay in its registers, and three quarters of a gigabyte a layer (8B, 8192 tokens) are not read once more for them.
+stay in its registers, three quarters of a gigabyte a layer (8B, 8192 tokens) are not read once more for them, and h is never written.
 """
 
 from __future__ import annotations
@@ -142,9 +142,10 @@ def _swiglu_backward_of(dh, e, g, dtype: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(
-    dh_ptr,  # [T, width], contiguous; h when it is done
+    dh_ptr,  # [T, width], contiguous
     e_ptr,  # [T, width], contiguous
     g_ptr,  # [T, width], contiguous
+    h_ptr,  # [T, width], contiguous
     wide_ptr,  # [T, pitch]: de, then dg
     width,
     pitch,
@@ -162,7 +163,7 @@ def swiglu_backward_kernel(
     g = tl.load(g_ptr + here, mask=inside, other=0).to(tl.float32)
     de, dg, h = _swiglu_backward_of(dh, e, g, dh_ptr.dtype.element_ty, PTX)
     there = wide_ptr + row * pitch + at
-    tl.store(dh_ptr + here, h, mask=inside)
+    tl.store(h_ptr + here, h, mask=inside)
     tl.store(there, de, mask=inside)
     tl.store(there + width, dg, mask=inside)
 
@@ -170,13 +171,14 @@ def swiglu_backward_kernel(
 _swiglu_backward = Quick(swiglu_backward_kernel)
 
 
-def swiglu_backward(dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, wide: torch.Tensor) -> None:
-    """wide[:, :2I] = [de | dg] and dh = h, for contiguous 16-bit [T, I]; wide's rows may be longer."""
-    rows, width = dh.shape
+def swiglu_backward(dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """wide[:, :2I] = [de | dg], for contiguous 16-bit [T, I]; wide's rows may be longer. Returns h = silu(e) g."""
+    (rows, width), h = dh.shape, torch.empty_like(dh)
     blocks = _parts(width, _BLOCK)
     if rows * blocks:
         numbers = width, wide.stride(0), blocks
-        _swiglu_backward((rows * blocks, 1, 1), (dh, e, g, wide), numbers, BLOCK=_BLOCK, PTX=_PTX)
+        _swiglu_backward((rows * blocks, 1, 1), (dh, e, g, h, wide), numbers, BLOCK=_BLOCK, PTX=_PTX)
+    return h
 
 
 @triton.jit
@@ -189,7 +191,7 @@ def _narrow_transposed(pointer, rows, many, pitch, rank, RANK: tl.constexpr):
 
 @triton.jit
 def swiglu_lora_backward_kernel(
-    dh_ptr,  # [T, width], contiguous; h when it is done
+    dh_ptr,  # [T, width], contiguous
     e_ptr,  # [T, width], contiguous
     g_ptr,  # [T, width], contiguous
     wide_ptr,  # [T, pitch]: de, then dg
@@ -229,7 +231,6 @@ def swiglu_lora_backward_kernel(
         down_p = _narrow_transposed(p_ptr, rows, many, p_pitch, down_rank, RANK)
         de, dg, h = _swiglu_backward_of(dh, e, g, dtype, PTX)
         there = wide_ptr + rows[:, None] * pitch + columns[None, :]
-        tl.store(dh_ptr + here, h, mask=inside)
         tl.store(there, de, mask=inside)
         tl.store(there + width, dg, mask=inside)
         gate_sum = tl.dot(gate_low, de, gate_sum)
@@ -259,7 +260,8 @@ def swiglu_lora_backward(
     ranks: tuple[int, int],
     wide: torch.Tensor,
 ) -> torch.Tensor:
-    """As `swiglu_backward`, and the sums over the rows: fp32 [ranks + columns of p, I], low_gate^T de, low_up^T dg and p^T h.
+    """As `swiglu_backward`, but h is not kept. Returns the sums over the rows: fp32 [ranks + columns of p, I], low_gate^T de, low_up^T dg
+    and p^T h.
 
     low: [T, sum of ranks], 16 bits, gate's columns and up's; p: [T, rank]. No rank may be above `MOST_RANK`.
     """

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-__all__ = ["add_product_", "beside", "copy_columns_", "swiglu_lora", "swiglu_lora_backward_"]
+__all__ = ["add_product_", "beside", "copy_columns_", "swiglu_lora", "swiglu_lora_backward"]
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
@@ -14,7 +14,7 @@ for _schema in (
     "copy_columns_(Tensor(a!) out, Tensor part) -> ()",
     "beside(Tensor[] parts) -> Tensor",
     "swiglu_lora(Tensor e, Tensor g, Tensor a) -> (Tensor wide, Tensor low)",
-    "swiglu_lora_backward_(Tensor(a!) dh, Tensor e, Tensor g, Tensor low, Tensor p, SymInt gate_rank, SymInt more) "
+    "swiglu_lora_backward(Tensor dh, Tensor e, Tensor g, Tensor low, Tensor p, SymInt gate_rank, SymInt more) "
     "-> (Tensor wide, Tensor sums)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,10 +45,10 @@ def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor) -> tuple[torc
     return torch.ops.unsloth_ext.swiglu_lora(e, g, a)
 
 
-def swiglu_lora_backward_(
+def swiglu_lora_backward(
     dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, low: torch.Tensor, p: torch.Tensor, gate_rank: int, more: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SwiGLU's backward and what of LoRA's gradients are sums over its rows; dh becomes h = silu(e) g.
+    """SwiGLU's backward and what of LoRA's gradients are sums over its rows; h = silu(e) g is among those, and kept nowhere.
 
     dh, e, g: [T, I] of one dtype. low: [T, gate_rank + up_rank], x A^T of gate and of up. p: [T, down_rank], s dY B of down.
     more: columns of zeros.
@@ -56,7 +56,7 @@ def swiglu_lora_backward_(
     Returns wide = [de | dg | zeros], [T, 2I + more], and sums = [low_gate^T de; low_up^T dg; p^T h], fp32 [sum of ranks, I]. Rounded
     where Unsloth's kernel rounds: silu(e), then each product, in the inputs' dtype.
     """
-    return torch.ops.unsloth_ext.swiglu_lora_backward_(dh, e, g, low, p, gate_rank, more)
+    return torch.ops.unsloth_ext.swiglu_lora_backward(dh, e, g, low, p, gate_rank, more)
 
 
 @functools.cache
@@ -113,15 +113,15 @@ def _swiglu_lora_backward(dh, e, g, low, p, gate_rank, more):
         e, g = e.contiguous(), g.contiguous()
         if max(ranks) <= _kernels().MOST_RANK and low.stride(1) == p.stride(1) == 1:
             return wide, _kernels().swiglu_lora_backward(dh, e, g, low, p, ranks[:2], wide)
-        _kernels().swiglu_backward(dh, e, g, wide)
+        h = _kernels().swiglu_backward(dh, e, g, wide)
     else:
         exact = e.float()
         sigmoid = torch.sigmoid(exact)
         f = (sigmoid * exact).to(dh.dtype)
         wide[:, :width] = (dh * g).float() * sigmoid * (1 + exact * (1 - sigmoid))
         torch.mul(dh, f, out=wide[:, width : 2 * width])
-        torch.mul(f, g, out=dh)
-    parts = (low[:, :gate_rank], wide[:, :width]), (low[:, gate_rank:], wide[:, width : 2 * width]), (p, dh)
+        h = f * g
+    parts = (low[:, :gate_rank], wide[:, :width]), (low[:, gate_rank:], wide[:, width : 2 * width]), (p, h)
     return wide, torch.cat([(left.t() @ right).float() for left, right in parts])
 
 
@@ -130,9 +130,9 @@ for _key in ("CPU", "CUDA"):
     _library.impl("copy_columns_", _copy_columns, _key)
     _library.impl("beside", _beside, _key)
     _library.impl("swiglu_lora", _swiglu_lora, _key)
-    _library.impl("swiglu_lora_backward_", _swiglu_lora_backward, _key)
+    _library.impl("swiglu_lora_backward", _swiglu_lora_backward, _key)
 torch.library.register_fake("unsloth_ext::add_product_", lambda out, a, b, alpha: None, lib=_library)
 torch.library.register_fake("unsloth_ext::copy_columns_", lambda out, part: None, lib=_library)
 torch.library.register_fake("unsloth_ext::beside", _beside, lib=_library)
 torch.library.register_fake("unsloth_ext::swiglu_lora", _results_of, lib=_library)
-torch.library.register_fake("unsloth_ext::swiglu_lora_backward_", _results_for, lib=_library)
+torch.library.register_fake("unsloth_ext::swiglu_lora_backward", _results_for, lib=_library)
