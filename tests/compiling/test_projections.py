@@ -324,11 +324,11 @@ def test_kernel_compiles_for_hopper():
     signature = {
         name: ("*fp32" if name == "sums_ptr" else "*bf16") if name.endswith("_ptr") else "i32" for name in names
     }
-    blocks = {"ROWS": kernel._ROWS, "COLUMNS": kernel._COLUMNS, "RANK": 16, "PTX": True}
+    options = kernel.step_for(16)
+    blocks = {name: options.pop(name) for name in ("ROWS", "COLUMNS")} | {"RANK": 16, "PTX": True}
     signature |= dict.fromkeys(blocks, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
     source = triton.compiler.ASTSource(swiglu_lora_backward_kernel, signature, blocks, aligned)
-    options = {"num_warps": kernel._WARPS, "num_stages": kernel.stages_for(16)}
     assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     assert re.search(r"cp\.async\.cg\.\S* \[.*?\], \[.*?\], 0x10", assembly) and "mma.sync" in assembly, assembly
     assert re.search(r"st\.global\S*\.v4", assembly), assembly

@@ -22,7 +22,7 @@ from ..direct_launch import Quick
 
 MOST_RANK = 64  # beyond, the sums would not stay in registers
 _BLOCK = 1024  # 8 elements a thread: 16 bytes a load
-_ROWS, _COLUMNS, _WARPS = 32, 64, 4  # rows of a step, columns of a program
+_ROWS = 32  # of a program of `low_kernel`
 _PROGRAMS = 2048  # about; each split of the rows writes its sums
 _FORWARD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # of a step of the forward: measured on an H200
 _PTX = os.environ.get("TRITON_INTERPRET") != "1"
@@ -246,9 +246,10 @@ def swiglu_lora_backward_kernel(
 _swiglu_lora_backward = Quick(swiglu_lora_backward_kernel)
 
 
-def stages_for(rank: int) -> int:
-    """How many steps are in shared memory at a time: measured on an H200."""
-    return 2 if rank <= 16 else 3
+def step_for(rank: int) -> dict[str, int]:
+    """Rows of a step of the backward, columns of a program, steps in shared memory at a time: measured on an H200."""
+    rows, columns = (16, 128) if rank <= 16 else (32, 64)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": 4, "num_stages": 3}
 
 
 def swiglu_lora_backward(
@@ -266,15 +267,16 @@ def swiglu_lora_backward(
     low: [T, sum of ranks], 16 bits, gate's columns and up's; p: [T, rank]. No rank may be above `MOST_RANK`.
     """
     (rows, width), gate_rank, up_rank, down_rank = dh.shape, *ranks, p.shape[1]
-    strips = _parts(width, _COLUMNS)
-    splits = max(1, min(_parts(rows, _ROWS), _PROGRAMS // strips))
-    share = _parts(_parts(rows, splits), _ROWS) * _ROWS
-    sums = dh.new_empty(splits, gate_rank + up_rank + down_rank, width, dtype=torch.float32)
     rank = _power(max(16, gate_rank, up_rank, down_rank))
+    step = step_for(rank)
+    strips = _parts(width, step["COLUMNS"])
+    splits = max(1, min(_parts(rows, step["ROWS"]), _PROGRAMS // strips))
+    share = _parts(_parts(rows, splits), step["ROWS"]) * step["ROWS"]
+    sums = dh.new_empty(splits, gate_rank + up_rank + down_rank, width, dtype=torch.float32)
     if sums.numel():
         _swiglu_lora_backward(
             (strips, splits, 1), (dh, e, g, wide, low, p, sums),
             (rows, width, wide.stride(0), low.stride(0), p.stride(0), gate_rank, up_rank, down_rank, share),
-            ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=rank, PTX=_PTX, num_warps=_WARPS, num_stages=stages_for(rank),
+            RANK=rank, PTX=_PTX, **step,
         )  # fmt: skip
     return sums[0] if splits == 1 else sums.sum(0)
