@@ -18,6 +18,7 @@ PACKAGES = (
     "unsloth",
     "unsloth_zoo",
     "unsloth_ext",
+    "nvidia-cudnn-frontend",
 )
 
 

@@ -27,7 +27,7 @@ _READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_met
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
 _RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",))
-_LENGTHS = Target(_PACKING, "_normalize_packed_lengths", _SINCE, ("995c9fc0a205e043",))
+_LENGTHS = Target(_PACKING, "_normalize_packed_lengths", _SINCE, ("995c9fc0a205e043",), patched=("f1ba2d923dc66be3",))
 _MODEL = Target(_LLAMA, "LlamaModel_fast_forward", _SINCE, ("0290956913cf0a15",))
 
 
@@ -195,17 +195,13 @@ def _found(lengths, total, device):
 def _lengths(original):
     import torch
 
-    to_card = original.__globals__["_pinned_to_device"]
-    is_compiling = torch.compiler.is_compiling
+    around, is_compiling = original.__globals__, torch.compiler.is_compiling
 
     @functools.wraps(original)
     def _normalize_packed_lengths(seq_lengths, *, device):
-        if seq_lengths is None or is_compiling() or torch.device(device).type != "cuda":
-            return original(seq_lengths, device=device)
-        if not isinstance(seq_lengths, torch.Tensor):
-            seq_lengths = torch.tensor(seq_lengths, dtype=torch.int64)
-        if seq_lengths.device.type == "cpu":
-            seq_lengths = to_card(seq_lengths, device)
+        if isinstance(seq_lengths, torch.Tensor) and not is_compiling():
+            if seq_lengths.device.type == "cpu" and torch.device(device).type == "cuda":
+                seq_lengths = around["_pinned_to_device"](seq_lengths, device)
         return original(seq_lengths, device=device)
 
     return _normalize_packed_lengths
@@ -316,7 +312,6 @@ PATCHES = (
         targets=(_LENGTHS,),
         relies_on=(Target(_PACKING, "_pinned_to_device", _SINCE, ("81bd6efbd5d94620",)),),
         replace=_lengths,
-        run_time_only=_NOT_YET,
     ),
     Patch(
         id="compiling.packed_metadata",
