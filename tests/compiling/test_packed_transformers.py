@@ -197,7 +197,9 @@ def test_taking_it_out():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="backend must be auto or one of flash, efficient, flex, exact, got 'sdpa'"):
+    with pytest.raises(
+        ValueError, match="backend must be auto or one of cudnn, flash, efficient, flex, exact, got 'sdpa'"
+    ):
         register("sdpa")
     with pytest.raises(TypeError, match="needs a transformers model, got Linear"):
         use_packed_attention(torch.nn.Linear(2, 2))

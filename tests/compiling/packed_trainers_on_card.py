@@ -1,0 +1,65 @@
+"""Unsloth's trainers on packed rows: `packed_trainers_on_card.py packing|padding_free|dpo 0|1`, with 1 by the package's patches for packed
+batches. The last line is JSON: losses and gradient norms."""
+
+import json
+import os
+import sys
+
+os.environ["UNSLOTH_EXT_PACKED"] = sys.argv[2]
+
+import unsloth_ext  # noqa: F401  # isort: skip  (before unsloth)
+from unsloth import FastLanguageModel  # isort: skip  (before trl)
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from unsloth_ext.training.data import read_rows
+from unsloth_ext.training.embedded import ensure_base
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def texts(count):
+    return [
+        " ".join(m["content"] for m in row["messages"])[: 200 + 137 * i % 700]
+        for i, row in enumerate(read_rows("embedded")[:count])
+    ]
+
+
+def main(kind):
+    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(ensure_base("embedded")), max_seq_length=256, dtype=half, load_in_4bit=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0,
+        target_modules=TARGETS,
+        random_state=1,
+        use_gradient_checkpointing=False,
+    )
+    common = dict(
+        output_dir="out", max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1,
+        report_to="none", seed=3, bf16=half == torch.bfloat16, fp16=False, optim="adamw_torch", save_strategy="no", disable_tqdm=True,
+        max_length=256,
+    )  # fmt: skip
+    if kind == "dpo":
+        rows = [{"prompt": t[:20], "chosen": t[20:50], "rejected": t[50:90]} for t in texts(60) if len(t) > 90]
+        arguments = DPOConfig(**common, padding_free=True)
+        trainer = DPOTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+    else:
+        rows = Dataset.from_list([{"text": text} for text in texts(90)])
+        arguments = SFTConfig(**common, dataset_text_field="text", **{kind: True})
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    print(json.dumps({"losses": [e["loss"] for e in log], "norms": [e["grad_norm"] for e in log]}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

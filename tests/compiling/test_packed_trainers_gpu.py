@@ -1,0 +1,15 @@
+"""TRL's packing, padding-free batches and DPO in Unsloth, nothing compiled by us: the same training with the patches for packed batches as without."""
+
+import pytest
+from on_card import NEEDS, on_card
+
+pytestmark = NEEDS
+
+
+@pytest.mark.parametrize("kind", ["packing", "padding_free", "dpo"])
+def test_the_training_of_unsloth(tmp_path, kind):
+    theirs, ours = (on_card("packed_trainers_on_card.py", tmp_path, kind, packed) for packed in "01")
+    assert len(ours["losses"]) == 6
+    for name, near in (("losses", 0.01), ("norms", 0.05)):  # two kernels of attention in bf16
+        for found, wanted in zip(ours[name], theirs[name], strict=True):
+            assert abs(found - wanted) <= near * max(abs(wanted), 0.1), (ours, theirs)
