@@ -1,5 +1,6 @@
+# ruff: noqa: E402  (in the order that patches need)
 """Unsloth's trainers on packed rows: `packed_trainers_on_card.py packing|padding_free|dpo 0|1`, with 1 by the package's patches for packed
-batches. The last line is JSON: losses and gradient norms."""
+batches. The last line is JSON: losses, gradient norms, calls of packed attention."""
 
 import json
 import os
@@ -7,7 +8,17 @@ import sys
 
 os.environ["UNSLOTH_EXT_PACKED"] = sys.argv[2]
 
-import unsloth_ext  # noqa: F401  # isort: skip  (before unsloth)
+import unsloth_ext.compiling.attention as attention  # isort: skip  (before unsloth)
+
+CALLS, own = [0], attention.packed_attention
+
+
+def counted(*args, **kwargs):
+    CALLS[0] += 1
+    return own(*args, **kwargs)
+
+
+attention.packed_attention = counted  # the patches take it from there
 from unsloth import FastLanguageModel  # isort: skip  (before trl)
 
 import torch
@@ -28,9 +39,8 @@ def texts(count):
 
 
 def main(kind):
-    half = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(ensure_base("embedded")), max_seq_length=256, dtype=half, load_in_4bit=True
+        str(ensure_base("embedded")), max_seq_length=256, dtype=torch.bfloat16, load_in_4bit=True
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -43,7 +53,7 @@ def main(kind):
     )
     common = dict(
         output_dir="out", max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1,
-        report_to="none", seed=3, bf16=half == torch.bfloat16, fp16=False, optim="adamw_torch", save_strategy="no", disable_tqdm=True,
+        report_to="none", seed=3, bf16=True, fp16=False, optim="adamw_torch", save_strategy="no", disable_tqdm=True,
         max_length=256,
     )  # fmt: skip
     if kind == "dpo":
@@ -58,7 +68,7 @@ def main(kind):
         trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    print(json.dumps({"losses": [e["loss"] for e in log], "norms": [e["grad_norm"] for e in log]}))
+    print(json.dumps({"losses": [e["loss"] for e in log], "norms": [e["grad_norm"] for e in log], "calls": CALLS[0]}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from packings import boundaries, exact, random_lengths, random_row, result_and_g
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unsloth_ext.compiling import attention_cudnn, attention_exact
+from unsloth_ext.compiling import attention, attention_cudnn, attention_exact
 from unsloth_ext.compiling.attention import BACKENDS, choose, packed_attention, refusal
 
 # eps of the dtype times what a sum of some hundred products loses; the largest seen in 2000 draws is under a tenth of it
@@ -130,7 +131,8 @@ def test_one_graph_of_the_card_s_kernels(backend, dtype, operator, monkeypatch):
     assert sum(operator in name for name in names) == 1, names
 
 
-def test_the_choice():
+def test_the_choice(monkeypatch):
+    monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "not here")
     assert choose(torch.empty(4, 2, 16)) == "exact"
     with FakeTensorMode():
         for dtype, width, softcap, wanted in (
@@ -151,20 +153,49 @@ def test_the_choice_where_cudnn_can_be_had(monkeypatch):
         queries = [torch.empty(4, 2, width, dtype=dtype, device="cuda") for dtype, width in (
             (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 256), (torch.float32, 64))]  # fmt: skip
         huge = torch.empty(2**17, 128, 128, dtype=torch.bfloat16, device="cuda")
-        assert refusal("cudnn", queries[0]) == "there is no card"
         monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "")
         assert [choose(query) for query in queries] == ["cudnn", "cudnn", "flash", "efficient"]
         assert choose(huge) == "flash"
         assert choose(queries[0], softcap=2.0) == "flex"
+        odd = torch.empty(4, 2, 72, dtype=torch.bfloat16, device="cuda")
+        assert "multiples of 16" in refusal("cudnn", odd) and choose(odd) == "flash"
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3")
+        assert choose(queries[0]) == "flash"
+        monkeypatch.setattr(attention, "PREFERRED", ("cudnn",))
+        assert choose(queries[0]) == "cudnn"
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert "deterministic" in refusal("cudnn", queries[0])
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_what_auto_tries_can_be_named():
+    assert attention._preferred("") == ("cudnn", "flash", "efficient", "flex")
+    assert attention._preferred("flash, efficient") == ("flash", "efficient")
+    with pytest.raises(ValueError, match="UNSLOTH_EXT_PACKED_ATTENTION=flash,fa3: there are cudnn, .*, not fa3"):
+        attention._preferred("flash,fa3")
+
+
+@pytest.mark.parametrize(
+    "capability, installed", [((8, 0), True), ((12, 0), True), ((9, 0), False), ((9, 0), "folder")]
+)
+def test_where_cudnn_cannot_be_had(monkeypatch, capability, installed):
+    for name, value in (("device_count", lambda: 1), ("get_device_capability", lambda index: capability)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn") if installed == "folder" else None)
+    why = attention_cudnn.lacking.__wrapped__(None)
+    assert ("Hopper" if capability != (9, 0) else "nvidia-cudnn-frontend") in why
 
 
 def test_kinds_of_cudnn_graphs_are_few():
-    found = {
-        (attention_cudnn._up(n, 16), attention_cudnn._up(longest, 1024), attention_cudnn._up(tokens, 8192))
-        for n in range(1, 33) for longest in (30, 1024, 2048) for tokens in (40, 5000, 8192)
-    }  # fmt: skip
-    assert found == {(n, longest, 8192) for n in (16, 32) for longest in (1024, 2048)}
-    assert attention_cudnn._up(8193, 8192) == 16384
+    up, room = attention_cudnn._up, attention_cudnn._room
+    assert {up(n, 16) for n in range(1, 65)} == {16, 32, 64}
+    assert {room(n) for n in range(1, 8193)} == {1024 * n for n in range(1, 9)}
+    assert len({room(n) for n in range(8193, 65537)}) == 24
+    for n in (1, 1024, 1025, 9000, 70000):
+        assert n <= room(n) <= max(n * 9 // 8, n + 1023)
 
 
 PLACES = """

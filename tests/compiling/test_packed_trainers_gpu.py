@@ -9,7 +9,9 @@ pytestmark = NEEDS
 @pytest.mark.parametrize("kind", ["packing", "padding_free", "dpo"])
 def test_the_training_of_unsloth(tmp_path, kind):
     theirs, ours = (on_card("packed_trainers_on_card.py", tmp_path, kind, packed) for packed in "01")
-    assert len(ours["losses"]) == 6
+    assert len(ours["losses"]) == 6 and theirs["calls"] == 0
+    if not ours["calls"]:
+        pytest.skip("Unsloth attends by xformers or by torch's varlen here: nothing of ours was called")
     for name, near in (("losses", 0.01), ("norms", 0.05)):  # two kernels of attention in bf16
         for found, wanted in zip(ours[name], theirs[name], strict=True):
             assert abs(found - wanted) <= near * max(abs(wanted), 0.1), (ours, theirs)

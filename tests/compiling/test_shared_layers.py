@@ -117,6 +117,7 @@ def test_a_call_of_another_form_is_another_kind(no_code):
     assert compiled.report().graphs == graphs
 
 
+@pytest.mark.extended
 def test_what_changes_in_a_layer_is_noticed(no_code):
     model, batches = _ready(layers=2, four_bit=False)
     compiled = compile_model(model, "step")

@@ -54,21 +54,22 @@ class Ranks:
     def __call__(self, n, job, *, timeout=600, may_die=(), **arguments):
         """What each rank returned. Now and then gloo's sockets do not find each other, and then not again in those processes: they are
         started once more."""
-        for left in (1, 0):
-            answers = self._answers(n, job, timeout, may_die, arguments)
-            if left and any(kind == "alone" for kind, _ in answers):
+        for patience in (60, 300):
+            answers = self._answers(n, job, timeout, may_die, arguments, patience)
+            if any(kind == "alone" for kind, _ in answers):
                 self.close_workers()
-                continue
+                if patience == 60:
+                    continue
             failed = [f"rank {r}: {v}" for r, (kind, v) in enumerate(answers) if kind != "ok" and r not in may_die]
             if failed:
                 raise AssertionError("\n".join(failed))
             return [value for _, value in answers]
 
-    def _answers(self, n, job, timeout, may_die, arguments):
+    def _answers(self, n, job, timeout, may_die, arguments, patience):
         store = Path(self.scratch.name, f"store-{os.urandom(6).hex()}")
         pipes = [self._worker(i) for i in range(n)]
         for rank, pipe in enumerate(pipes):
-            pipe.send((rank, n, str(store), job, arguments))
+            pipe.send((rank, n, str(store), job, arguments, patience))
         answers = []
         for rank, pipe in enumerate(pipes):
             try:

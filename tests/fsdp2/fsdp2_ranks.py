@@ -13,23 +13,24 @@ def serve(pipe, cuda):
     warnings.filterwarnings("ignore")
     while True:
         try:
-            rank, world, store, job, arguments = pipe.recv()
+            rank, world, store, job, arguments, patience = pipe.recv()
         except EOFError:
             return
+        connected = False
         try:
             if cuda:
                 torch.cuda.set_device(rank)
-            connected = False
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world,
-                timeout=datetime.timedelta(seconds=60),
+                timeout=datetime.timedelta(seconds=patience),
             )
             connected = True
-            # far above what a test waits for on purpose
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=300))
+            long = datetime.timedelta(seconds=300)  # far above what a test waits for on purpose
+            dist.distributed_c10d._set_pg_timeout(long)
+            dist.distributed_c10d._get_default_store().set_timeout(long)  # NCCL connects by it, late
             answer = ("ok", job(rank, world, **arguments))
         except BaseException:
             answer = ("error" if connected else "alone", traceback.format_exc())

@@ -97,9 +97,8 @@ def test_a_pipeline_is_compiled_by_layers_or_refused(ranks, families):  # noqa: 
         assert all("layers of other ranks" in text for text in found) and not changed
 
 
-@pytest.mark.parametrize(
-    ("order", "checkpointing"), [("before", False), pytest.param("after", True, marks=pytest.mark.extended)]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize(("order", "checkpointing"), [("before", False), ("after", True)])
 def test_a_sharded_model(ranks, families, order, checkpointing):  # noqa: F811
     seed, batch = int(torch.randint(1 << 30, ())), _batch()
     options = dict(folder=families["llama"], seed=seed, batch=batch, backend="aot_eager")

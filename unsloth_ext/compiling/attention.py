@@ -3,27 +3,40 @@
 A packed row is described by two things, both computed once a batch and outside the layers (`packed.py`): the boundaries
 `cu_seqlens` and a bound of the longest document. Both are graph inputs, so 64 packings are one graph. Five backends:
 
-- "cudnn": cuDNN's ragged kernels by NVIDIA's cudnn-frontend, where that is installed (`attention_cudnn.py`): two thirds of flash's
-  time on an H200. fp16 and bf16, head sizes to 128, Hopper or newer; no softcap.
+- "cudnn": cuDNN's ragged kernels by NVIDIA's cudnn-frontend, where that is installed (`attention_cudnn.py`): quicker than flash attention 2
+  on an H200. fp16 and bf16, head sizes to 128, Hopper and data-center Blackwell; no softcap, not deterministic.
 - "flash": aten's variable-length flash kernel, called as the native operator that it is. It takes grouped key and value heads
   on every torch served (torch 2.11's `varlen_attn` refuses them above it), has a C++ backward, and costs none of the 37
   microseconds that a Python operator costs. fp16 and bf16, head sizes to 256, Ampere or newer; no softcap.
-  `torch.nn.attention.activate_flash_attention_impl` swaps FlashAttention 3 or 4 in under it.
+  `torch.nn.attention.activate_flash_attention_impl` swaps FlashAttention 3 or 4 in under it; "auto" takes that before cuDNN.
 - "efficient": aten's memory-efficient kernel over the same boundaries (`attention_efficient.py`): older cards (a T4), fp32,
   head sizes to 512.
 - "flex": torch's flex attention with block masks made from the boundaries (`attention_flex.py`). Softcap, any dtype.
 - "exact": a document at a time in fp32 (`attention_exact.py`). What a CPU runs; the others are tested against it.
 
-"auto" takes the first of PREFERRED that can do the call. It never falls to "exact" on a card by itself.
+"auto" takes the first of PREFERRED that can do the call; UNSLOTH_EXT_PACKED_ATTENTION=flash,efficient names others. It never falls to
+"exact" on a card by itself.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 BACKENDS = ("cudnn", "flash", "efficient", "flex", "exact")
 
-PREFERRED = ("cudnn", "flash", "efficient", "flex")  # what "auto" tries, in this order
+_SWITCH = "UNSLOTH_EXT_PACKED_ATTENTION"
+
+
+def _preferred(named: str) -> tuple[str, ...]:
+    backends = tuple(filter(None, (name.strip() for name in named.split(","))))
+    if unknown := [name for name in backends if name not in BACKENDS]:
+        raise ValueError(f"{_SWITCH}={named}: there are {', '.join(BACKENDS)}, not {', '.join(unknown)}")
+    return backends or ("cudnn", "flash", "efficient", "flex")
+
+
+PREFERRED = _preferred(os.environ.get(_SWITCH, ""))  # what "auto" tries, in this order
 
 # What int32 indices reach. Flash attention 2's variable-length backward has them for a buffer of (T + 128 n) * H * D elements.
 _INT32 = 2**31
@@ -86,6 +99,8 @@ def choose(query: torch.Tensor, softcap: float | None = None) -> str:
         return "exact"
     reasons = {}
     for backend in PREFERRED:
+        if backend == "cudnn" and "flash" in PREFERRED and _another_flash():
+            continue
         reason = refusal(backend, query, softcap)
         if not reason:
             return backend
@@ -119,10 +134,12 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
     if not half:
         return f"fp16 or bf16, not {query.dtype}"
     if backend == "cudnn":
-        if width > 128:
-            return f"head sizes to 128, this is {width}"
+        if width % 16 or width > 128:
+            return f"head sizes to 128, multiples of 16, this is {width}"
         if query.numel() >= _INT32:
             return "its offsets are int32, the query has 2**31 elements or more"
+        if torch.are_deterministic_algorithms_enabled():
+            return "its deterministic backward takes memory for every pair of tokens"
         return _lacking(query.device.index)
     if width > 256:
         return f"head sizes to 256, this is {width}"
@@ -133,6 +150,13 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
 def _too_old(index: int | None) -> bool:
     """A plain bool: torch 2.11 cannot trace a comparison with a tuple that came up as a constant."""
     return torch.cuda.device_count() > 0 and torch.cuda.get_device_capability(index) < (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _another_flash() -> bool:
+    """Whether the user has put another FlashAttention under aten's."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return current is not None and current() not in (None, "FA2")
 
 
 @torch.compiler.assume_constant_result

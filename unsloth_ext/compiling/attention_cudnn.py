@@ -1,10 +1,12 @@
 """Packed attention by cuDNN's ragged kernels, through NVIDIA's cudnn-frontend: `unsloth_ext::cudnn_attention`.
 
-On a Hopper card they take two thirds of the time of flash attention 2's variable-length kernels, and read grouped heads without
-writing a gradient for each query head. aten reaches them too (`_cudnn_attention_forward`), but up to torch 2.13 it builds their
-graph anew at each call (pytorch/pytorch#191576). Here a graph is kept for each kind of call. A graph takes up to a second to
-build, so kinds are few: the number of documents, the longest of them and the tokens are rounded up to a power of two. Documents
-that are not there have no tokens and cost next to nothing.
+On a Hopper card they take two thirds of the time of flash attention 2's variable-length kernels (benchmarks/NOTES.md). aten reaches
+them too (`_cudnn_attention_forward`), but up to torch 2.13 it builds their graph anew at each call (pytorch/pytorch#191576). Here a
+graph is kept for each kind of call. A graph takes up to a second to build, so kinds are few: the number of documents and the longest
+of them are rounded up to a power of two, the tokens to a sixteenth of one. Documents that are not there have no tokens and cost next to
+nothing; tokens that are not there cost memory, 12 bytes for each element of such a query while the backward runs.
+
+Where algorithms are to be deterministic cuDNN's backward keeps a number for every pair of tokens: it is not used then.
 
 Where a document begins in a tensor (cuDNN's ragged offsets, in elements) differs with what a token of it takes: one small kernel
 writes them for all tensors, in the forward and again in the backward.
@@ -14,18 +16,20 @@ cuDNN Frontend: https://github.com/NVIDIA/cudnn-frontend, "Scaled Dot Product At
 
 # no `from __future__ import annotations`: torch.library reads these annotations
 import functools
+import logging
 import threading
 from typing import NamedTuple
 
 import torch
 
-_DOCUMENTS, _LONGEST, _TOKENS = 16, 1024, 8192  # the least that a graph is built for
+_DOCUMENTS, _LONGEST, _TOKENS = 16, 1024, 1024  # the least that a graph is built for
 _UIDS = {
     name: number
     for number, name in enumerate(
         ("q", "k", "v", "o", "stats", "do", "dq", "dk", "dv", "lengths", "q_at", "k_at", "stats_at"), start=1
     )
 }
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()  # one handle and one set of graphs for all threads: autograd has its own
 _handles: dict = {}
 _graphs: dict = {}
@@ -40,10 +44,9 @@ class Kind(NamedTuple):
     width: int
     documents: int
     longest: int
-    tokens: int
+    tokens: int  # 0 in a forward, which does not ask
     scale: float
     window: int | None
-    deterministic: bool
 
     def token(self, name: str) -> int:
         """Elements of one token of a tensor."""
@@ -54,23 +57,28 @@ class Kind(NamedTuple):
 
 @functools.cache
 def lacking(index: int | None) -> str:
-    """Why cuDNN cannot be had on card `index`; "" where it can. It is asked by building a forward and a backward, once a process."""
-    if torch.cuda.device_count() == 0:
-        return "there is no card"
-    if torch.cuda.get_device_capability(index) < (9, 0):
-        return "it needs Hopper or newer, this card is older"  # flash attention 2 is at home there
+    """Why cuDNN cannot be had on card `index`; "" where it can. It is asked by building a forward and a backward, once a process; where it is
+    installed and does not do that, the log says so."""
+    if torch.cuda.device_count() == 0 or torch.version.hip is not None:
+        return "there is no NVIDIA card"
+    if torch.cuda.get_device_capability(index)[0] not in (9, 10):
+        return "it is for Hopper and data-center Blackwell"  # flash attention 2 is at home on the others
     try:
         import cudnn
-    except (ImportError, OSError, RuntimeError) as error:
+
+        cudnn.pygraph  # noqa: B018  (any folder of that name would be imported)
+    except Exception as error:  # an assertion where two libraries are installed, an OSError where none is, ...
         return f"it needs nvidia-cudnn-frontend ({error})"
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    kind = Kind(torch.bfloat16, 32, 8, 128, _DOCUMENTS, _LONGEST, _TOKENS, 128**-0.5, None, False)
+    kind = Kind(torch.bfloat16, 32, 8, 128, _DOCUMENTS, _LONGEST, _TOKENS, 128**-0.5, None)
     try:
         with _lock, torch.cuda.device(device):
-            for what in ("forward", "backward"):
-                _graph(what, kind, device)
-    except (cudnn.cudnnGraphNotSupportedError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-        return f"cuDNN refuses it ({' '.join(str(error).split())[:200]})"
+            _graph("forward", kind._replace(tokens=0), device)
+            _graph("backward", kind, device)
+    except Exception as error:
+        why = f"cuDNN refuses it ({' '.join(str(error).split())[:200]})"
+        _log.warning("unsloth_ext: packed attention is left to other kernels: %s", why)
+        return why
     return ""
 
 
@@ -150,6 +158,12 @@ def _up(number: int, least: int) -> int:
     return least
 
 
+def _room(tokens: int) -> int:
+    """`tokens` and up to an eighth more."""
+    step = max(_TOKENS, _up(tokens, _TOKENS) // 16)
+    return -(-tokens // step) * step
+
+
 @functools.cache
 def _write_places():
     from .attention_cudnn_places import write_places
@@ -162,22 +176,28 @@ def _run(what, tensors, cu_seqlens, max_seqlen, scale, window) -> None:
     (tokens, heads, width), kv_heads, device = query.shape, tensors["k"].shape[1], query.device
     if tokens == 0:
         return
+    longest = min(max_seqlen, tokens)
     kind = Kind(
-        query.dtype, heads, kv_heads, width,
-        _up(cu_seqlens.shape[0] - 1, _DOCUMENTS), _up(min(max_seqlen, tokens), _LONGEST), _up(tokens, _TOKENS),
-        scale, window, what == "backward" and torch.are_deterministic_algorithms_enabled(),
+        query.dtype, heads, kv_heads, width, _up(cu_seqlens.shape[0] - 1, _DOCUMENTS), _up(longest, _LONGEST),
+        _room(tokens) if what == "backward" else 0, scale, None if window is not None and window >= longest else window,
     )  # fmt: skip
     with torch.cuda.device(device):
         # Rows of whole cache lines: cuDNN reads offsets from aligned addresses.
         places = cu_seqlens.new_empty((4, kind.documents + 32))
-        _write_places()(cu_seqlens, places, kind.documents, tuple(map(kind.token, ("q", "k", "stats"))))
+        _write_places()(cu_seqlens.contiguous(), places, kind.documents, tuple(map(kind.token, ("q", "k", "stats"))))
         buffers = {_UIDS[name]: tensor.data_ptr() for name, tensor in tensors.items()}
         buffers |= {
             _UIDS[name]: row.data_ptr()
             for name, row in zip(("lengths", "q_at", "k_at", "stats_at"), places, strict=True)
         }
         with _lock:
-            graph, size = _graph(what, kind, device)
+            try:
+                graph, size = _graph(what, kind, device)
+            except Exception as error:
+                raise RuntimeError(
+                    f"cuDNN refuses the {what} of packed attention for {kind}: {error}\nbackend='flash' may do it; for every model "
+                    "of a process: UNSLOTH_EXT_PACKED_ATTENTION=flash"
+                ) from error
             workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
             graph.execute(buffers, workspace.data_ptr(), handle=_handle(device))
 
@@ -252,7 +272,7 @@ def _built(what: str, kind: Kind, handle):
         grads = graph.sdpa_backward(
             q=read("q"), k=read("k"), v=read("v"), o=read("o"), dO=read("do"), stats=read("stats"),
             max_total_seq_len_q=kind.tokens, max_total_seq_len_kv=kind.tokens,
-            use_deterministic_algorithm=kind.deterministic, **options,
+            use_deterministic_algorithm=False, **options,
         )  # fmt: skip
         for grad, name in zip(grads, ("dq", "dk", "dv"), strict=True):
             written(grad, name)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,6 +37,7 @@ _STRING_STARTS = {tokenize.STRING, getattr(tokenize, "FSTRING_START", tokenize.S
 _FSTRING_END = getattr(tokenize, "FSTRING_END", None)  # Python 3.12 splits f-strings into tokens
 
 
+@lru_cache(maxsize=64)  # what one patch of a series leaves, the next one finds
 def format_like_upstream(text: str) -> str:
     """The text as upstream's formatter leaves it. Raises UsageError for text that is not Python, or without ruff 0.6.9."""
     for rule in (signature_commas, short_asserts):
@@ -107,14 +108,22 @@ def _ruff() -> tuple[str, ...]:
 def _applied(rule: Callable[[str, list[tokenize.TokenInfo], ast.Module], list[Edit]], text: str) -> str:
     """The text after the rule's edits, or as it was if it cannot be read or would mean something else."""
     try:
-        tree = ast.parse(text)
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-        edits = rule(text, tokens, tree)
+        edits = rule(text, *_read(text))
         changed = _edited(text, edits) if edits else text
-        same = rule is no_idle_pass or ast.dump(ast.parse(changed)) == ast.dump(tree)
+        same = changed == text or rule is no_idle_pass or _meaning(changed) == _meaning(text)
     except (SyntaxError, tokenize.TokenError):
         return text
     return changed if same else text
+
+
+@lru_cache(maxsize=4)  # six rules read a text, and few of them change it
+def _read(text: str) -> tuple[list[tokenize.TokenInfo], ast.Module]:
+    return list(tokenize.generate_tokens(io.StringIO(text).readline)), ast.parse(text)
+
+
+@lru_cache(maxsize=4)
+def _meaning(text: str) -> str:
+    return ast.dump(_read(text)[1])
 
 
 def _edited(text: str, edits: list[Edit]) -> str:
