@@ -133,8 +133,9 @@ def compiled(function, **options):
     )
 
 
-@pytest.mark.parametrize("flat", [False, pytest.param(True, marks=pytest.mark.extended)])
-@pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
 def test_the_pass(taken, layers, flat):
     """Every sum before a norm and every norm's gradient before a sum; the bits of the same graph without the pass."""
     net = Net(layers, flat=flat)
