@@ -231,7 +231,8 @@ def test_swiglu_lora(dtype, rank):
     wide, low = operators.swiglu_lora(e, g, a)
     h = swiglu_forward(e, g)
     assert wide.shape == (7, 96 + rank + -rank % 8)
-    # silu(e) is not e sigmoid(e) to the last bit, once in thousands: and its neighbour's product may be the neighbour after the next.
+    assert torch.equal(wide[:, :96], torch.nn.functional.silu(e.float()).to(dtype) * g)
+    # That is not e sigmoid(e) to the last bit, once in thousands: and its neighbour's product may be the neighbour after the next.
     torch.testing.assert_close(wide[:, :96], h, rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert torch.equal(wide[:, 96 : 96 + rank], low) and not wide[:, 96 + rank :].any()
     assert off([low], [h.double() @ a.double().t()]) < 2 * torch.finfo(dtype).eps
