@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from .attention_gradients import differentiable
+
 _DOCUMENTS, _LONGEST, _TOKENS = 16, 1024, 1024  # the least that a graph is built for
 _UIDS = {
     name: number
@@ -127,25 +129,7 @@ def cudnn_attention_backward(
     return tuple(grads.values())
 
 
-@cudnn_attention_backward.register_fake
-def _(grad, query, key, value, out, stats, cu_seqlens, max_seqlen, scale, window):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _keep(ctx, inputs, output):
-    query, key, value, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
-    grads = cudnn_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.window)
-    return *grads, None, None, None, None
-
-
-cudnn_attention.register_autograd(_backward, setup_context=_keep)
+differentiable(cudnn_attention, cudnn_attention_backward)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ in the backward only. The kernel knows no groups: key and value heads are repeat
 # no `from __future__ import annotations`: torch.library reads these annotations
 import torch
 
+from .attention_gradients import differentiable
+
 _CAUSAL = 1  # from each document's top left corner
 
 
@@ -108,22 +110,4 @@ def efficient_attention_backward(
     )
 
 
-@efficient_attention_backward.register_fake
-def _(grad, query, key, value, out, logsumexp, cu_seqlens, max_seqlen, scale, window):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _keep(ctx, inputs, output):
-    query, key, value, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
-    grads = efficient_attention_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.window)
-    return *grads, None, None, None, None
-
-
-efficient_attention.register_autograd(_backward, setup_context=_keep)
+differentiable(efficient_attention, efficient_attention_backward)
