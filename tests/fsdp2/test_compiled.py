@@ -106,7 +106,6 @@ def test_a_sharded_model(ranks, families, order, checkpointing):  # noqa: F811
     _same_as_one_process(answers, _expected(_one(families["llama"], seed), batch))
 
 
-@pytest.mark.extended
 def test_under_ddp_a_layer_stays_one_graph(ranks, families):  # noqa: F811
     """Dynamo would cut it where a bucket of gradients is full."""
     seed, batch = int(torch.randint(1 << 30, ())), _batch()
