@@ -13,11 +13,16 @@ def test_imports_nothing_heavy(python):
     assert done.stderr == ""
 
 
-def test_costs_less_than_50_ms(python):
-    """Of the processor's time, in one of up to 40 runs: what other processes do to it meanwhile is not the import's cost."""
+def test_costs_less_than_50_ms(python, tmp_path):
+    """Of the processor's time, in one of up to 40 runs: what other processes do to it meanwhile is not the import's cost.
+
+    Compiling the package's text to byte code is not either: Python keeps that after the first import, as it does here whatever
+    the environment says.
+    """
     code = "import time; start = time.process_time(); import unsloth_ext; print(time.process_time() - start)"
-    python(code)  # writes the byte code
-    assert any(float(python(code).stdout) < 0.050 for _ in range(40))
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "byte_code")}
+    python(code, **kept)
+    assert any(float(python(code, **kept).stdout) < 0.050 for _ in range(40))
 
 
 @pytest.mark.parametrize("environment, said", [

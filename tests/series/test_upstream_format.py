@@ -111,5 +111,5 @@ def test_another_ruff_is_an_error_that_says_what_to_install(monkeypatch, tmp_pat
         (tmp_path / "ruff").chmod(0o755)
     upstream_format._ruff.cache_clear()
     with pytest.raises(UsageError, match=rf"{said}\n.*pip install ruff==0.6.9"):
-        format_like_upstream("x = 1\n")
+        format_like_upstream("read_by_no_other_test = 1\n")  # what was formatted once is not formatted again
     upstream_format._ruff.cache_clear()
