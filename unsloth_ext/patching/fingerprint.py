@@ -7,6 +7,7 @@ and out of an unpacked wheel that nobody has imported (`of_definition`), on ever
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,23 +33,48 @@ def of_object(value: Any) -> str | None:
 
 def of_definition(path: Path, qualified_name: str) -> str | None:
     """The fingerprint of a definition in a source file: a function, a method (`Class.name`), a string or another assignment."""
+    text = path.read_text(encoding="utf-8")
+    place = _places(text).get(qualified_name)
+    if place is None:
+        return None
+    if isinstance(place, int):
+        return _of_block(text.splitlines(keepends=True), place)
+    return _digest(place)
+
+
+@lru_cache(maxsize=32)  # patches ask for many definitions of a few large files, and reading one into a tree takes the time
+def _places(text: str) -> dict[str, int | str]:
+    """{qualified name: the first line of a function or method, decorators included, or the value of an assignment as text}.
+
+    The last definition of a name is the one that counts.
+    """
     import ast
 
-    text = path.read_text(encoding="utf-8")
-    *owners, name = qualified_name.split(".")
-    body = ast.parse(text).body
-    for owner in owners:
-        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
-    found = None
-    for node in body:  # the last definition of a name is the one that counts
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found = _of_block(text.splitlines(keepends=True), first)
-        elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                found = _digest(node.value.value)
-            else:
-                found = _digest(ast.get_source_segment(text, node.value))
+    found: dict[str, int | str] = {}
+    lines = text.encode().splitlines(keepends=True)
+
+    def segment(node: ast.expr) -> str:  # as ast.get_source_segment, which splits the whole text each time
+        rows = lines[node.lineno - 1 : node.end_lineno]
+        rows[-1] = rows[-1][: node.end_col_offset]
+        rows[0] = rows[0][node.col_offset :]
+        return b"".join(rows).decode()
+
+    def read(body: list[ast.stmt], owner: str) -> None:
+        seen: set[str] = set()  # of a class that stands twice, the first counts
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found[owner + node.name] = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            elif isinstance(node, ast.Assign):
+                value = node.value
+                whole = isinstance(value, ast.Constant) and isinstance(value.value, str)
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        found[owner + target.id] = value.value if whole else segment(value)
+            elif isinstance(node, ast.ClassDef) and node.name not in seen:
+                seen.add(node.name)
+                read(node.body, f"{owner}{node.name}.")
+
+    read(ast.parse(text).body, "")
     return found
 
 
