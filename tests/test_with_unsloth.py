@@ -93,7 +93,7 @@ def test_imported_before_unsloth_says_one_line_and_wraps_the_loader(python):
 
 @pytest.fixture
 def changed_unsloth(tmp_path):
-    """A copy of the installed unsloth_zoo in which one patched function is another one."""
+    """A copy of the installed unsloth_zoo in which a patched function is another one, and one that a patch calls."""
     source = Path(find_spec("unsloth_zoo").origin).parent
     copy = tmp_path / "changed" / "unsloth_zoo"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -105,37 +105,39 @@ def changed_unsloth(tmp_path):
     )
     assert changed != text
     file.write_text(changed)
+    called = copy / "pad_token.py"
+    text = called.read_text()
+    changed = text.replace("allow_add=True", "may_add=True").replace("if not allow_add:", "if not may_add:")
+    assert changed != text
+    called.write_text(changed)
     return copy.parent
 
 
-def test_a_changed_upstream_function_is_skipped_or_strictly_an_error(python, changed_unsloth):
-    code = (
-        "import unsloth_ext, unsloth\n" + IMPORT_TARGETS + "import unsloth_zoo\n"
-        f"assert unsloth_zoo.__file__.startswith({str(changed_unsloth)!r})\n"
-        "print({row.id: (row.state, row.reason) for row in unsloth_ext.status()}['loss.unread_keywords'])"
-    )
-    done = python(code, path=[changed_unsloth])
-    assert done.stdout.splitlines()[-1].startswith("('skipped', 'upstream changed: unsloth_zoo.fused_losses")
-    done = python(code, path=[changed_unsloth], check=False, UNSLOTH_EXT_STRICT="1")
-    assert done.returncode == 1
-    assert "PatchError: patch loss.unread_keywords skipped: upstream changed" in done.stderr
-
-
-def test_a_changed_function_that_a_patch_calls(python, changed_unsloth):
-    file = changed_unsloth / "unsloth_zoo" / "pad_token.py"
-    file.write_text(
-        file.read_text().replace("allow_add=True", "may_add=True").replace("if not allow_add:", "if not may_add:")
-    )
+def test_a_changed_upstream_function_is_skipped_and_so_is_a_patch_that_calls_one(python, changed_unsloth):
     done = python(
-        "import unsloth_ext, unsloth, json\n"
+        "import unsloth_ext, unsloth, json, unsloth_zoo\n"
         + IMPORT_TARGETS
-        + "load, names = unsloth.FastLanguageModel.from_pretrained, []\n"
+        + f"assert unsloth_zoo.__file__.startswith({str(changed_unsloth)!r})\n"
+        "load, names = unsloth.FastLanguageModel.from_pretrained, []\n"
         "while load is not None: names.append(load.__code__.co_name); load = getattr(load, '__wrapped__', None)\n"
         "assert 'loaded_with_pad_token' not in names and 'loaded_with_tool_tokens' in names, names\n"
-        "print({row.id: row.reason for row in unsloth_ext.status()}['tools.cpu_pad_token'])",
+        "print(json.dumps({row.id: (row.state, row.reason) for row in unsloth_ext.status()}))",
         path=[changed_unsloth],
     )
-    assert "upstream changed: unsloth_zoo.pad_token.fix_pad_token" in done.stdout
+    rows = json.loads(done.stdout.splitlines()[-1])
+    for name, function in (
+        ("loss.unread_keywords", "unsloth_zoo.fused_losses"),
+        ("tools.cpu_pad_token", "unsloth_zoo.pad_token.fix_pad_token"),
+    ):
+        state, reason = rows[name]
+        assert state == "skipped" and reason.startswith(f"upstream changed: {function}"), rows[name]
+
+
+@pytest.mark.extended
+def test_a_changed_upstream_function_is_strictly_an_error(python, changed_unsloth):
+    code = "import unsloth_ext, unsloth\n" + IMPORT_TARGETS
+    done = python(code, path=[changed_unsloth], check=False, UNSLOTH_EXT_STRICT="1")
+    assert done.returncode == 1 and "PatchError: patch " in done.stderr and " skipped: upstream changed" in done.stderr
 
 
 @pytest.mark.extended

@@ -116,7 +116,7 @@ def test_packings_share_a_graph():
     assert compiled.report().graphs <= 4 and compiled.report().breaks == 0, compiled.report()
 
 
-@pytest.mark.parametrize("scope", ["step", "block"])
+@pytest.mark.parametrize("scope", ["step", pytest.param("block", marks=pytest.mark.extended)])
 def test_evaluation_and_generation_run_as_before(scope):
     model = models.make(layers=1, four_bit=False)
     ids = models.batch(length=7)["input_ids"]
@@ -295,7 +295,7 @@ def test_an_operator_that_cannot_be_lowered_is_described_in_short():
 
 
 @pytest.mark.parametrize("scope", ["block", "step"])
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("restored", [False, pytest.param(True, marks=pytest.mark.extended)])
 def test_a_model_is_freed(scope, restored):
     model = models.make(layers=1, four_bit=False)
     compiled = compile_model(model, scope=scope, backend="eager")

@@ -90,7 +90,7 @@ def test_a_trainer(python):
 @needs
 @pytest.mark.parametrize("setting, reason", [
     pytest.param("0", "until UNSLOTH_EXT_EIGHT_BIT_STEPS=1", marks=pytest.mark.extended),
-    ("", "for CUDA cards: UNSLOTH_EXT_EIGHT_BIT_STEPS=1 has it here"),
+    pytest.param("", "for CUDA cards: UNSLOTH_EXT_EIGHT_BIT_STEPS=1 has it here", marks=pytest.mark.extended),
 ])  # fmt: skip
 def test_where_it_is_out(python, setting, reason):
     code = TRAINER + (

@@ -130,7 +130,9 @@ def _evaluated_first(rank, world, folder, way, reentrant):
     return found
 
 
-@pytest.mark.parametrize("reentrant", [None, True, pytest.param(False, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "reentrant", [None, *(pytest.param(value, marks=pytest.mark.extended) for value in (True, False))]
+)
 def test_an_optimizer_that_is_made_after_an_evaluation_trains(ranks, checkpoints, reentrant):
     runs = (_outer, _inner)
     expected = [_steps(_made(checkpoints["nf4"], False, run), models.batches(3, 2), run) for run in runs]

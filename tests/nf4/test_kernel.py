@@ -95,7 +95,9 @@ def compiled(
     return kernel, re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
 
 
-@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100])
+@pytest.mark.parametrize(
+    "capability", [75, 80, *(pytest.param(c, marks=pytest.mark.extended) for c in (86, 89)), 90, 100]
+)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_machine_code(capability, dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

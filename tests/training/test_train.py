@@ -100,6 +100,7 @@ def test_an_interrupted_comparison_leaves_its_records_and_no_process(comparison,
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_the_embedded_base_is_the_same_every_time(comparison, environment, tmp_path):
     (first,) = Path(environment["UNSLOTH_EXT_CACHE"]).glob("embedded-tiny-*")
     again = tmp_path / "again"

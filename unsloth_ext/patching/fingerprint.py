@@ -42,7 +42,9 @@ def of_definition(path: Path, qualified_name: str) -> str | None:
     return _digest(place)
 
 
-@lru_cache(maxsize=32)  # patches ask for many definitions of a few large files, and reading one into a tree takes the time
+@lru_cache(
+    maxsize=32
+)  # patches ask for many definitions of a few large files, and reading one into a tree takes the time
 def _places(text: str) -> dict[str, int | str]:
     """{qualified name: the first line of a function or method, decorators included, or the value of an assignment as text}.
 
