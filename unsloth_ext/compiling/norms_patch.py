@@ -10,22 +10,15 @@ from __future__ import annotations
 import functools
 
 from ..patching import NotHere, Patch, SetAttribute, SetItem, Target
-from .projections_patch import is_hopper
+from .measured_cards import refuse_where_not_measured
 
 _NORMS, _BLOCKS, _KERNELS = "unsloth.kernels.rms_layernorm", "unsloth.models._block_compile", "unsloth.kernels.utils"
 _SINCE = ">=2026.10.9"
 _SWITCH = "UNSLOTH_EXT_FUSED_NORMS"
 
 
-def _refuse_elsewhere() -> None:
-    import os
-
-    if not os.environ.get(_SWITCH) and not is_hopper():
-        raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
-
-
 def _in_graphs(module, target):
-    _refuse_elsewhere()
+    refuse_where_not_measured(_SWITCH)
     if not module._TRACEABLE:
         raise NotHere("this torch does not trace Unsloth's norms")
     if differs := _other_launches(module):
@@ -66,7 +59,7 @@ def _stand_in(original):
 
 
 def _in_layers(module, target):
-    _refuse_elsewhere()
+    refuse_where_not_measured(_SWITCH)
     from torch._inductor import config
 
     from .norms_fusion import ENTRY, pass_over_graphs

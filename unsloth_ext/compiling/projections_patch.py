@@ -7,34 +7,18 @@ measured to be faster, with UNSLOTH_EXT_SIDE_BY_SIDE=1 elsewhere.
 
 from __future__ import annotations
 
-import os
-
 from ..patching import NotHere, Patch, SetAttribute, Target
+from .measured_cards import refuse_where_not_measured
 
 _LORA, _SWIGLU = "unsloth.kernels.fast_lora", "unsloth.kernels.swiglu"
 _SINCE = ">=2026.10.9"
 _SWITCH = "UNSLOTH_EXT_SIDE_BY_SIDE"
-_FASTER = {
-    (9, 0)
-}  # compute capabilities: Hopper, measured on an H200, 4% of a whole step of the 8B shape (benchmarks/NOTES.md)
-
-
-def is_hopper() -> bool:
-    import torch
-
-    cards = range(torch.cuda.device_count())
-    return (
-        torch.version.hip is None
-        and len(cards) > 0
-        and all(torch.cuda.get_device_capability(card) in _FASTER for card in cards)
-    )
 
 
 def _side_by_side(module, target):
     if not module.TRACE_LORA_FUNCTIONS:  # torch before 2.11 runs them outside of the graph
         raise NotHere("this torch does not trace Unsloth's LoRA functions")
-    if not os.environ.get(_SWITCH) and not is_hopper():
-        raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
+    refuse_where_not_measured(_SWITCH)
     routes = {"LoRA_MLP": _mlp, "LoRA_QKV": _qkv, "LoRA_W": _linear}
     return [SetAttribute(module, name, _stand_in(getattr(module, name), of(module))) for name, of in routes.items()]
 

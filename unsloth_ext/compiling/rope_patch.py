@@ -7,10 +7,9 @@ UNSLOTH_EXT_ROPE=1 elsewhere.
 from __future__ import annotations
 
 import functools
-import os
 
-from ..patching import NotHere, Patch, SetAttribute, Target
-from .projections_patch import is_hopper
+from ..patching import Patch, SetAttribute, Target
+from .measured_cards import refuse_where_not_measured
 
 _ROPE = "unsloth.kernels.rope_embedding"
 _SINCE = ">=2026.10.9"
@@ -18,8 +17,7 @@ _SWITCH = "UNSLOTH_EXT_ROPE"
 
 
 def _traced(module, target):
-    if not os.environ.get(_SWITCH) and not is_hopper():
-        raise NotHere(f"not measured on this card: {_SWITCH}=1 has it here")
+    refuse_where_not_measured(_SWITCH)
     return [SetAttribute(module, "fast_rope_embedding", _routed(module.fast_rope_embedding))]
 
 

@@ -1,0 +1,26 @@
+"""Patches that are on by themselves only on the cards they were measured on; elsewhere a person asks for them by the patch's switch."""
+
+from __future__ import annotations
+
+import os
+
+from ..patching import NotHere
+
+MEASURED = {(9, 0)}  # compute capabilities: Hopper, on an H200 (benchmarks/NOTES.md)
+
+
+def refuse_where_not_measured(switch: str) -> None:
+    """Raises NotHere unless all cards are of a kind in MEASURED, or the environment variable `switch` is set."""
+    if not os.environ.get(switch) and not _are_measured():
+        raise NotHere(f"not measured on this card: {switch}=1 has it here")
+
+
+def _are_measured() -> bool:
+    import torch
+
+    cards = range(torch.cuda.device_count())
+    return (
+        torch.version.hip is None
+        and len(cards) > 0
+        and all(torch.cuda.get_device_capability(card) in MEASURED for card in cards)
+    )
