@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# Two test workers on two cores: more threads in each, spinning for work, only stand in each other's way.
 # Byte code is kept: tests start hundreds of interpreters, and each would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
+# Two test workers on two cores: more threads in each, spinning for work, only stand in each other's way.
 ALONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all fuzz lint format bench claims readme apply-patches unapply-patches check-patches export-patches rebase-patches clean

@@ -116,7 +116,7 @@ def test_packings_share_a_graph():
     assert compiled.report().graphs <= 4 and compiled.report().breaks == 0, compiled.report()
 
 
-@pytest.mark.parametrize("scope", ["step", pytest.param("block", marks=pytest.mark.extended)])
+@pytest.mark.parametrize("scope", ["block", pytest.param("step", marks=pytest.mark.extended)])
 def test_evaluation_and_generation_run_as_before(scope):
     model = models.make(layers=1, four_bit=False)
     ids = models.batch(length=7)["input_ids"]
@@ -294,8 +294,14 @@ def test_an_operator_that_cannot_be_lowered_is_described_in_short():
     assert lengths[0] < 4000 < 100_000 < lengths[1], lengths  # else Inductor has mended it, and ours can go
 
 
-@pytest.mark.parametrize("scope", ["block", "step"])
-@pytest.mark.parametrize("restored", [False, pytest.param(True, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "scope, restored",
+    [
+        ("block", False),
+        ("step", True),
+        *(pytest.param(*case, marks=pytest.mark.extended) for case in (("block", True), ("step", False))),
+    ],
+)
 def test_a_model_is_freed(scope, restored):
     model = models.make(layers=1, four_bit=False)
     compiled = compile_model(model, scope=scope, backend="eager")

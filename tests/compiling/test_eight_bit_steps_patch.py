@@ -87,6 +87,20 @@ def test_a_trainer(python):
     assert done.stdout.splitlines()[-1] == "the same"
 
 
+def test_on_a_cpu_it_is_out(monkeypatch):
+    from unsloth_ext.compiling.eight_bit_steps_patch import PATCHES
+    from unsloth_ext.patching import NotHere
+
+    (patch,) = PATCHES
+    monkeypatch.setenv("UNSLOTH_EXT_EIGHT_BIT_STEPS", "0")
+    assert patch.is_switched_off
+    monkeypatch.delenv("UNSLOTH_EXT_EIGHT_BIT_STEPS")
+    assert not patch.is_switched_off
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NotHere, match="for CUDA cards: UNSLOTH_EXT_EIGHT_BIT_STEPS=1 has it here"):
+        patch.changes(None, patch.targets[0])
+
+
 @needs
 @pytest.mark.parametrize("setting, reason", [
     pytest.param("0", "until UNSLOTH_EXT_EIGHT_BIT_STEPS=1", marks=pytest.mark.extended),

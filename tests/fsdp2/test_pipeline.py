@@ -154,9 +154,8 @@ def _both_ways(rank, world, folder, seed, batches, device="cpu", **options):
 @pytest.mark.parametrize(
     ("schedule", "world", "stages", "microbatches"),
     [
-        pytest.param(
-            "gpipe", 2, 1, 7, marks=pytest.mark.extended
-        ),  # seven tensors one after the other, through two places
+        # Seven tensors one after the other, through two places.
+        pytest.param("gpipe", 2, 1, 7, marks=pytest.mark.extended),
         ("interleaved-1f1b", 3, 2, 6),
         pytest.param("1f1b", 4, 1, 6, marks=pytest.mark.extended),
         pytest.param("interleaved-zero-bubble", 3, 2, 6, marks=pytest.mark.extended),

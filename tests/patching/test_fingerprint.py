@@ -1,7 +1,8 @@
+import ast
 import importlib
 import sys
 
-from conftest import write_upstream
+from upstream_on_disk import write_upstream
 
 from unsloth_ext.patching import fingerprint
 
@@ -55,6 +56,33 @@ def test_an_assignment_is_its_value(tmp_path):
         return fingerprint.of_definition(_kernels(tmp_path, name, **{"kernels.py": body}), "NAMES")
 
     assert of("NAMES = frozenset(('a', 'b'))\n", "a") != of("NAMES = frozenset(('a', 'c'))\n", "b")
+
+
+ODD = """\
+# é and a line separator before it:\u2028\fstill this comment
+A = B = dict(  # é
+    a="ü",
+)
+class C:
+    def f(self): return 1
+    class D:
+        def f(self): return 2
+    Z = [
+        1]
+class C:
+    def f(self): return 3
+"""
+
+
+def test_places_in_an_odd_text(tmp_path):
+    file = _kernels(tmp_path, "odd", **{"kernels.py": ODD})
+    tree = ast.parse(ODD)
+    value = fingerprint.of_object(ast.get_source_segment(ODD, tree.body[0].value))
+    assert fingerprint.of_definition(file, "A") == fingerprint.of_definition(file, "B") == value
+    inner = tree.body[1].body[2].value
+    assert fingerprint.of_definition(file, "C.Z") == fingerprint.of_object(ast.get_source_segment(ODD, inner))
+    assert fingerprint.of_definition(file, "C.f") == fingerprint.of_object("    def f(self): return 1")
+    assert fingerprint.of_definition(file, "C.D.f") == fingerprint.of_object("        def f(self): return 2")
 
 
 def test_a_replaced_function_has_another_fingerprint(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from conftest import write_upstream
+from upstream_on_disk import write_upstream
 
 from unsloth_ext.errors import UsageError
 from unsloth_ext.patching import NotHere, Patch, PatchError, Registry, SetAttribute, SetItem, Target

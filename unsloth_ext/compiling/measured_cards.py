@@ -6,7 +6,8 @@ import os
 
 from ..patching import NotHere
 
-MEASURED = {(9, 0)}  # compute capabilities: Hopper, on an H200 (benchmarks/NOTES.md)
+# Compute capabilities: Hopper, on an H200 (benchmarks/NOTES.md). All patches that ask were measured on all of these.
+MEASURED = frozenset({(9, 0)})
 
 
 def refuse_where_not_measured(switch: str) -> None:

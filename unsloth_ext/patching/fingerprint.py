@@ -38,17 +38,20 @@ def of_definition(path: Path, qualified_name: str) -> str | None:
     if place is None:
         return None
     if isinstance(place, int):
-        return _of_block(text.splitlines(keepends=True), place)
+        import io
+
+        return _of_block(
+            io.StringIO(text).readlines(), place
+        )  # not splitlines, which finds more line ends than Python does
     return _digest(place)
 
 
-@lru_cache(
-    maxsize=32
-)  # patches ask for many definitions of a few large files, and reading one into a tree takes the time
+# Patches ask for many definitions of a few large files (32 today), and reading one into a tree takes the time.
+@lru_cache(maxsize=64)
 def _places(text: str) -> dict[str, int | str]:
-    """{qualified name: the first line of a function or method, decorators included, or the value of an assignment as text}.
+    """{qualified name: the first line of a function or method, decorators included, or an assigned string, or another value's source}.
 
-    The last definition of a name is the one that counts.
+    The last definition of a name is the one that counts; of a class that stands twice, the first.
     """
     import ast
 
@@ -62,7 +65,7 @@ def _places(text: str) -> dict[str, int | str]:
         return b"".join(rows).decode()
 
     def read(body: list[ast.stmt], owner: str) -> None:
-        seen: set[str] = set()  # of a class that stands twice, the first counts
+        seen: set[str] = set()
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 found[owner + node.name] = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -91,7 +94,7 @@ def _without_comments(source: str) -> str:
     import io
     import tokenize
 
-    lines = source.splitlines()
+    lines = source.split("\n")
     in_string: set[int] = set()  # lines that end, and so continue, inside a string: there a space counts
     opened = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
