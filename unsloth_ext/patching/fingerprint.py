@@ -7,6 +7,7 @@ and out of an unpacked wheel that nobody has imported (`of_definition`), on ever
 
 from __future__ import annotations
 
+import io
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,8 @@ def of_definition(path: Path, qualified_name: str) -> str | None:
     place = _places(text).get(qualified_name)
     if place is None:
         return None
-    if isinstance(place, int):
-        import io
-
-        return _of_block(
-            io.StringIO(text).readlines(), place
-        )  # not splitlines, which finds more line ends than Python does
+    if isinstance(place, int):  # readlines, as splitlines finds more line ends than Python does
+        return _of_block(io.StringIO(text).readlines(), place)
     return _digest(place)
 
 
@@ -91,7 +88,6 @@ def _of_block(lines: list[str], first_line: int) -> str:
 
 def _without_comments(source: str) -> str:
     # Cut by position instead of joining tokens: Python 3.12 splits f-strings into several tokens, 3.11 does not.
-    import io
     import tokenize
 
     lines = source.split("\n")
