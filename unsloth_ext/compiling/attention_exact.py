@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 
+from .attention_gradients import differentiable
+
 _ROWS = 512
 
 
@@ -124,22 +126,4 @@ def packed_attention_backward(
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-@packed_attention_backward.register_fake
-def _(grad, query, key, value, out, logsumexp, cu_seqlens, scale, window, softcap):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _keep(ctx, inputs, output):
-    query, key, value, cu_seqlens, ctx.scale, ctx.window, ctx.softcap = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 7
-    grads = packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.softcap)
-    return *grads, None, None, None, None
-
-
-packed_attention.register_autograd(_backward, setup_context=_keep)
+differentiable(packed_attention, packed_attention_backward)
