@@ -187,6 +187,8 @@ def test_where_cudnn_cannot_be_had(monkeypatch, capability, installed):
     monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn") if installed == "folder" else None)
     why = attention_cudnn.lacking.__wrapped__(None)
     assert ("Hopper" if capability != (9, 0) else "nvidia-cudnn-frontend") in why
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert attention_cudnn.lacking.__wrapped__(None) == "there is no NVIDIA card"
 
 
 def test_kinds_of_cudnn_graphs_are_few():
