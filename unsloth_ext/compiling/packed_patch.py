@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 _PACKING, _DISPATCH, _LLAMA = "unsloth.utils.packing", "unsloth.utils.attention_dispatch", "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
-_SWITCH = "UNSLOTH_EXT_PACKED"  # until it has been measured on a card
+_SWITCH = "UNSLOTH_EXT_PACKED"  # until TRL's packed trainers have been run with it on a card
 _READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_metadata is in
 _NOT_YET = "it goes upstream when it has been measured on a card"
+_NEEDS_ATTENTION = "traced layers need a packed attention that traces, and a patch would have to bring the package's"
 _GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
 _RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",))
 _LENGTHS = Target(_PACKING, "_normalize_packed_lengths", _SINCE, ("995c9fc0a205e043",), patched=("f1ba2d923dc66be3",))
@@ -320,7 +321,7 @@ PATCHES = (
         targets=(_GET_INFO,),
         relies_on=(Target(_PACKING, "cover_padded_cu_seqlens", _SINCE, ("f463d69cd1b46d03",)),),
         changes=_metadata,
-        run_time_only=_NOT_YET,
+        run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
     ),
     Patch(
@@ -330,7 +331,7 @@ PATCHES = (
         targets=(_RUN,),
         relies_on=(_GET_INFO,),
         changes=_attention,
-        run_time_only=_NOT_YET,
+        run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
     ),
     Patch(
@@ -354,7 +355,7 @@ PATCHES = (
             Target("unsloth.models._block_compile", "_wrap", _SINCE, ("370a8675ff63a08a", "b464d1c7a1cb8c2e")),
         ),
         replace=_layers,
-        run_time_only=_NOT_YET,
+        run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
     ),
 )
