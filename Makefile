@@ -24,10 +24,10 @@ setup: $(PY) ## make .venv with the pinned stack (GPU=1 or CPU=1 to choose; else
 demo: setup ## a real QLoRA run, pristine Unsloth beside Unsloth + unsloth_ext, and the report of both
 	@$(PY) -m unsloth_ext train --compare
 
-test: setup lint ## everything: package, patches, upstream tests on both faces, a short run (12 minutes on 2 cores)
+test: setup lint ## every part: package, patches, upstream tests on both faces, a short run (12 minutes on 2 cores)
 	@$(ALONE) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not extended' $(PYTEST)
 
-test-all: setup lint ## the same with the tests that take minutes each
+test-all: setup lint ## the same with every case of each test
 	@$(ALONE) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 fuzz: setup ## the searching tests (parser, guard, NF4 states), on texts that no run has tried
