@@ -49,6 +49,8 @@ EXPECTED = (
     *(f"compile.8b_{name}.ms" for name in ("auto", "8gib", "12gib", "20gib")),
     "compile.packed_8b.vs_unsloth",
     "compile.step_8b.first_step_s",
+    "compile.packed_attention.vs_flash",
+    "compile.products_8b.vs_one_by_one",
 )
 
 

@@ -110,7 +110,7 @@ def test_under_a_budget(matmul):
     for _ in range(2):
         assert_same(step(model, ids), wanted)
     assert budget.dense is not None and held(model) == 14 and set(budget.plan.counts()) == {"keep"}
-    memory = weakref.ref(budget.dense._groups[0])
+    memory = weakref.ref(budget.dense._copies[0])
     budget.remove()
     compiled.restore()
     torch._dynamo.reset()

@@ -362,16 +362,3 @@ def test_an_operators_later_calls_refuse_what_the_first_would():
     expect(4, None, "quant_state.offset must be given")
     off = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:].unsqueeze(1)
     assert same(operator(off.copy_(packed), *fields[1:], *arguments), packed, state)  # at an odd address
-
-
-def test_columns_of_a_larger_matrix_too(monkeypatch):
-    from unsloth_ext.nf4 import augmented
-
-    packed, state = Spec(rows=256, columns=512).make("cuda")
-    right = torch.randn(256, 16, device="cuda").to(state.dtype)
-    arguments = list(state.shape), state.dtype, None, right
-    operator = torch.ops.unsloth_ext.nf4_augmented
-    first = operator(*_fields(packed, state), *arguments)
-    monkeypatch.setattr(augmented, "check", None)
-    assert torch.equal(operator(*_fields(packed, state), *arguments), first)
-    assert same(first[:, :512].contiguous(), packed, state) and torch.equal(first[:, 512:], right)

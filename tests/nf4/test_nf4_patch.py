@@ -114,7 +114,7 @@ def test_without_triton_all_but_the_kernels_can_be_imported(python):
     python(
         "import sys\n"
         "sys.modules['triton'] = None\n"
-        "import unsloth_ext.nf4.augmented, unsloth_ext.nf4.dequantization, unsloth_ext.compiling.projections, unsloth_ext.compiling.rope\n"
+        "import unsloth_ext.nf4.dequantization, unsloth_ext.nf4.products, unsloth_ext.compiling.projections, unsloth_ext.compiling.rope\n"
         "import unsloth_ext.compiling.norms_operators\n"
     )
 

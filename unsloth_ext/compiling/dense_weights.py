@@ -14,31 +14,27 @@ from ..nf4 import dense_copies
 from ..nf4.quant_state import quant_type
 from . import memory_layers
 
-_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input each
-_BESIDE = (_GROUPS[2], _GROUPS[3])  # multiplied with LoRA's columns beside them (projections.py)
-_STEP = 64  # columns and rows of room, so that rows begin where cache lines do
-
 
 class DenseWeights:
     """The dense copies of a model's NF4 weights. Made by `keep_dense_weights`."""
 
-    def __init__(self, groups: list[dense_copies.Group], states: list):
-        self._groups, self._states = groups, states
+    def __init__(self, copies: list[dense_copies.Copy], states: list):
+        self._copies, self._states = copies, states
 
     @property
     def nbytes(self) -> int:
-        return sum(group.nbytes for group in self._groups)
+        return sum(copy.nbytes for copy in self._copies)
 
     def is_current(self) -> bool:
         """False if one of the 4-bit weights was written to or moved since."""
         # A parameter of bitsandbytes sends each question through Python otherwise.
         with torch._C.DisableTorchFunctionSubclass():
-            return all([group.is_current() for group in self._groups])
+            return all([copy.is_current() for copy in self._copies])
 
     def remove(self) -> None:
         """Free them. Graphs that were traced with them are traced anew."""
         dense_copies.drop(self._states)
-        self._groups, self._states = [], []
+        self._copies, self._states = [], []
 
 
 def keep_dense_weights(model: torch.nn.Module) -> DenseWeights:
@@ -47,36 +43,36 @@ def keep_dense_weights(model: torch.nn.Module) -> DenseWeights:
     model: as for `memory_budget`, loaded in 4 bit; layers in other formats stay as they are. Takes 2 bytes a parameter and no time
     worth mentioning. Losses and gradients stay what they are but for the order of sums; saving and eager code go on with the 4 bits.
     Who writes into a 4-bit weight or its scales afterwards must call `remove()` (a budget looks for that by itself, at each step, in
-    the packed weights). For one stream and one thread at a time.
+    the packed weights).
 
     Returns a DenseWeights, whose `remove()` undoes it. Raises `UnsupportedModel` for a model without decoder layers, ValueError for
     one without an NF4 weight to keep or that FSDP2 has sharded, torch.OutOfMemoryError, with nothing kept, where memory is short.
     """
-    groups, states = [], []
+    copies, states = [], []
     try:
-        for weights, room in _groups_of(model):
-            groups.append(dense_copies.keep(weights, **room))
-            states += [state for _, state in weights]
+        for linear in _linears_of(model):
+            copies.append(dense_copies.keep(linear.weight, linear.weight.quant_state))
+            states.append(linear.weight.quant_state)
     except BaseException:
-        DenseWeights(groups, states).remove()
+        DenseWeights(copies, states).remove()
         raise
-    if not groups:
+    if not copies:
         raise ValueError(
             f"{type(model).__name__} has no NF4 weights in its decoder layers, so there is nothing to keep dense"
         )
-    return DenseWeights(groups, states)
+    return DenseWeights(copies, states)
 
 
 def bytes_wanted(model: torch.nn.Module) -> int:
     """What `keep_dense_weights` would take; 0 where there is nothing to keep."""
-    return sum(dense_copies.size_of(weights, **room) for weights, room in _groups_of(model))
+    return sum(dense_copies.size_of(linear.weight.quant_state) for linear in _linears_of(model))
 
 
 def activations_at_most(model: torch.nn.Module, tokens: int) -> int:
     """A generous estimate of what the decoder layers keep of a batch for the backward, in bytes: twice what their projections give out.
     (8B measured: 118 KB a token and layer, here 172.)"""
     _, layers = memory_layers.decoder_layers(model)
-    widths = sum(linear.out_features for layer in layers for linear in _linears(layer).values())
+    widths = sum(linear.out_features for layer in layers for linear in _linears(layer))
     return 4 * tokens * widths
 
 
@@ -87,22 +83,13 @@ def loss_at_most(model: torch.nn.Module, tokens: int) -> int:
     return 0 if weight is None else 12 * tokens * weight.shape[0]
 
 
-def _groups_of(model):
-    """((packed, quant_state) of each weight of a group, the room that it needs) of all groups. None of a model that FSDP2 has sharded,
-    whose weights are plain and whole only while they are gathered."""
+def _linears_of(model) -> list[torch.nn.Module]:
+    """The linear modules with plain NF4 weights of all decoder layers. None of a model that FSDP2 has sharded, whose weights are plain
+    and whole only while they are gathered."""
     if _is_sharded(model):
-        return
+        return []
     _, layers = memory_layers.decoder_layers(model)
-    for layer in layers:
-        linears = _linears(layer)
-        for names in _GROUPS:
-            found = [linears[name] for name in names if name in linears]
-            weights = [(linear.weight, linear.weight.quant_state) for linear in found if _is_plain_nf4(linear)]
-            if len(weights) != len(names) or len({state.shape[1] for _, state in weights}) != 1:
-                continue
-            ranks = [_rank(layer, name) for name in names]
-            beside = _rounded(max(ranks)) if names in _BESIDE else 0
-            yield weights, {"beside": beside, "below": _rounded(sum(ranks))}
+    return [linear for layer in layers for linear in _linears(layer) if _is_plain_nf4(linear)]
 
 
 def _is_sharded(model) -> bool:
@@ -113,14 +100,13 @@ def _is_sharded(model) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def _linears(layer) -> dict[str, torch.nn.Module]:
-    """{projection: the linear module itself, from under LoRA}."""
+def _linears(layer) -> list[torch.nn.Module]:
+    """The projections of a decoder layer, from under LoRA."""
     found = {}
     for path, module in layer.named_modules():
-        name = path.rpartition(".")[2]
-        if any(name in names for names in _GROUPS):
-            found[name] = getattr(module, "base_layer", module)
-    return {name: linear for name, linear in found.items() if hasattr(linear, "out_features")}
+        if path.rpartition(".")[2].endswith("_proj"):
+            found[path] = getattr(module, "base_layer", module)
+    return [linear for linear in found.values() if hasattr(linear, "out_features")]
 
 
 def _is_plain_nf4(linear) -> bool:
@@ -137,16 +123,3 @@ def _is_plain_nf4(linear) -> bool:
         and weight.shape[0] != 1
         and weight.device.type in ("cuda", "cpu")
     )
-
-
-def _rank(layer, name: str) -> int:
-    ranks = [
-        weight.shape[0]
-        for path, weight in layer.named_parameters()
-        if f".{name}.lora_A." in f".{path}" and path.endswith("weight")
-    ]
-    return max(ranks, default=0)
-
-
-def _rounded(rank: int) -> int:
-    return max(_STEP, -(-rank // _STEP) * _STEP)

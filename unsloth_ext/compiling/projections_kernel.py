@@ -1,7 +1,7 @@
 """SwiGLU for a card, with what of LoRA can be had of what it has in its registers: forward and backward.
 
-Forward: a program takes some rows and goes along a part of them, so that its part of h A^T stays in its registers. The sum of the parts
-is written beside h: the next product reads both as one matrix, and h is neither read once more for A nor the result for B.
+Forward: a program takes some rows and goes along a part of them, so that its part of h A^T stays in its registers, and h is not read once
+more for A.
 
 Backward: Inductor would compute a concatenation of pointwise results by one kernel of the concatenation's size, whose halves each read all
 that both need; here everything is read once, and written as columns of one matrix. The gradients of gate's and up's B and of down's A are
@@ -22,7 +22,7 @@ from ..direct_launch import Quick
 
 MOST_RANK = 64  # beyond, the sums would not stay in registers
 _BLOCK = 1024  # 8 elements a thread: 16 bytes a load
-_ROWS = 32  # of a program of `low_kernel`
+_LOW = 512  # numbers of a program of `low_kernel`
 _PROGRAMS = 2048  # about; each split of the rows writes its sums
 _FORWARD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}  # of a step of the forward: measured on an H200
 _PTX = os.environ.get("TRITON_INTERPRET") != "1"
@@ -34,7 +34,7 @@ def _sigmoid(x, PTX: tl.constexpr):
     if PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+            "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1,
         )  # fmt: skip
     return tl.sigmoid(x)
 
@@ -44,11 +44,10 @@ def swiglu_lora_kernel(
     e_ptr,  # [T, width], contiguous
     g_ptr,  # [T, width], contiguous
     a_ptr,  # [rank, width], contiguous
-    wide_ptr,  # [T, pitch]: h
+    h_ptr,  # [T, width], contiguous
     sums_ptr,  # fp32 [splits, T, rank]: h A^T of each split's columns
     many,  # T
     width,
-    pitch,
     rank,
     share,  # columns of a split, a multiple of COLUMNS
     ROWS: tl.constexpr,
@@ -58,7 +57,7 @@ def swiglu_lora_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     split = tl.program_id(1)
-    dtype: tl.constexpr = wide_ptr.dtype.element_ty
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
     ranks = tl.arange(0, RANK)[None, :]
     low = tl.zeros((ROWS, RANK), tl.float32)
     for start in range(split * share, tl.minimum(split * share + share, width), COLUMNS):
@@ -69,34 +68,25 @@ def swiglu_lora_kernel(
         g = tl.load(g_ptr + here, mask=inside, other=0).to(tl.float32)
         a = tl.load(a_ptr + ranks * width + columns[:, None], mask=(columns[:, None] < width) & (ranks < rank), other=0)
         h = ((_sigmoid(e, PTX) * e).to(dtype).to(tl.float32) * g).to(dtype)
-        tl.store(wide_ptr + rows * pitch + columns[None, :], h, mask=inside)
+        tl.store(h_ptr + here, h, mask=inside)
         low = tl.dot(h, a, low)
     tl.store(sums_ptr + (split.to(tl.int64) * many + rows) * rank + ranks, low, mask=(rows < many) & (ranks < rank))
 
 
 @triton.jit
 def low_kernel(
-    sums_ptr,  # fp32 [splits, T, rank]
-    wide_ptr,  # [T, pitch]: their sum from column `width` on, then zeros
-    low_ptr,  # [T, rank], contiguous: their sum
-    many,
-    width,
-    pitch,
-    rank,
+    sums_ptr,  # fp32 [splits, numbers]
+    low_ptr,  # [numbers]: their sum
+    numbers,
     splits,
-    beside,  # columns to write, the rank or more
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,  # at least `beside`
+    BLOCK: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-    ranks = tl.arange(0, RANK)[None, :]
-    inside = (rows < many) & (ranks < rank)
-    low = tl.zeros((ROWS, RANK), tl.float32)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    inside = at < numbers
+    low = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
-        low += tl.load(sums_ptr + (split * many + rows) * rank + ranks, mask=inside, other=0)
-    low = low.to(wide_ptr.dtype.element_ty)
-    tl.store(wide_ptr + rows * pitch + width + ranks, low, mask=(rows < many) & (ranks < beside))
-    tl.store(low_ptr + rows * rank + ranks, low, mask=inside)
+        low += tl.load(sums_ptr + split * numbers + at, mask=inside, other=0)
+    tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty), mask=inside)
 
 
 _swiglu_lora, _low = Quick(swiglu_lora_kernel), Quick(low_kernel)
@@ -107,12 +97,9 @@ def _parts(number: int, each: int) -> int:
     return -(-number // each)
 
 
-def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.Tensor, low: torch.Tensor) -> None:
-    """wide[:, :I] = h = silu(e) g, wide[:, I:] = [h A^T | zeros] and low = h A^T, for contiguous 16-bit e, g [T, I] and a [rank, I].
-
-    wide: [T, I + rank or a few more], whose rows may be farther apart; low: [T, rank], contiguous. No rank may be above `MOST_RANK`.
-    """
-    (rows, width), rank, beside = e.shape, a.shape[0], wide.shape[1] - e.shape[1]
+def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, h: torch.Tensor, low: torch.Tensor) -> None:
+    """h = silu(e) g and low = h A^T, for contiguous 16-bit e, g, h [T, I], a [rank, I] and low [T, rank]. No rank may be above `MOST_RANK`."""
+    (rows, width), rank = e.shape, a.shape[0]
     if rows == 0:
         return
     blocks = _parts(rows, _FORWARD["ROWS"])
@@ -120,15 +107,15 @@ def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor, wide: torch.T
     share = _parts(_parts(width, splits), _FORWARD["COLUMNS"]) * _FORWARD["COLUMNS"]
     splits = _parts(width, share)
     sums = e.new_empty(splits, rows, rank, dtype=torch.float32)
-    pitch = wide.stride(0)
     _swiglu_lora(
-        (blocks, splits, 1), (e, g, a, wide, sums), (rows, width, pitch, rank, share),
-        RANK=_power(max(16, rank)), PTX=_PTX, **_FORWARD,
-    )  # fmt: skip
-    _low(
-        (_parts(rows, _ROWS), 1, 1), (sums, wide, low), (rows, width, pitch, rank, splits, beside),
-        ROWS=_ROWS, RANK=_power(max(16, beside)),
-    )  # fmt: skip
+        (blocks, splits, 1),
+        (e, g, a, h, sums),
+        (rows, width, rank, share),
+        RANK=_power(max(16, rank)),
+        PTX=_PTX,
+        **_FORWARD,
+    )
+    _low((_parts(rows * rank, _LOW), 1, 1), (sums, low), (rows * rank, splits), BLOCK=_LOW)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 The fused kernels of a fast path hand autograd tensors without names. For each new list of saved tensors (`Frame.signature`) the
 norms and the MLP of the layer are run once more on what went in, and every saved tensor that equals a product in all its bits
 gets that product's recipe. A projection may be summed in three orders: as a peft module does, as Unsloth's fused kernels do
-(`out.addmm_(XA, B, alpha=s)`), and inside one product with LoRA's columns beside x's, as a compiled layer may (projections.py). The
-right one is the one that gives the same bits. This costs one forward of a layer without attention, or a few, once.
+(`out.addmm_(XA, B, alpha=s)`), and in one sum of both products, as a compiled layer may (projections.py). The right one is the one
+that gives the same bits. This costs one forward of a layer without attention, or a few, once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Script:
     """norm: name of the norm that made the MLP's input and the event that holds the norm's input (None for the layer's input).
     norms: the same for the layer's own events.
     products: event index -> name of the product ("gate", "up", "act", "product"); None where some wide tensor is none of them: then
-    the MLP is replayed. fused: how projections are summed, "in place" or "columns"; "" for as modules. final: whether it need
+    the MLP is replayed. fused: how projections are summed, "in place" or "one sum"; "" for as modules. final: whether it need
     not be looked for again.
     copies: event of the attention's output as the output projection reads it -> event as the attention's backward reads it.
     outline, mlp_input: of a compiled layer (retrace.py). why: what was not found, in words. adapters: `trained` when it was found."""
@@ -114,8 +114,8 @@ def fused_projection(projection, tensor: torch.Tensor) -> torch.Tensor | None:
     return out.view(*tensor.shape[:-1], -1)
 
 
-def columns_projection(mlp: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-    """Gate or up as one product with LoRA's columns beside the input's, in the layout that a compiled layer has for both."""
+def one_sum_projection(mlp: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    """Gate or up as one sum of its products, as a compiled layer has it."""
     from .projections import gate_or_up, mlp_refusal
 
     both = []
@@ -143,8 +143,8 @@ class Products:
     def make(self, name: str) -> torch.Tensor:
         if name in ("gate", "up"):
             projection, tensor = getattr(self.mlp, f"{name}_proj"), self.part.input.tensor()
-            if self.fused == "columns":
-                return columns_projection(self.mlp, name, tensor)
+            if self.fused == "one sum":
+                return one_sum_projection(self.mlp, name, tensor)
             if self.fused:
                 return fused_projection(projection, tensor)
             with (
@@ -342,9 +342,9 @@ def find_products(script: Script, mlp: torch.nn.Module, part, pattern: Script | 
         for ref, _, shape in part.events
         if not _is_adapter(shape, adapters)
     )
-    # A compiled layer can only have summed by columns where the functions that do are there.
-    columns = ("columns",) if f"{__package__}.projections" in sys.modules else ()
-    orders = ("",) if as_modules else ("in place", *columns, "")
+    # Where the functions that do are there, a compiled layer has one sum: first, because a short batch may have the same bits in place.
+    one_sum = not isinstance(part, Frame) and f"{__package__}.projections" in sys.modules
+    orders = ("",) if as_modules else (*(("one sum",) if one_sum else ()), "in place", "")
     for fused in orders if pattern is None else (pattern.fused,):
         products, drawn = Products(mlp, part, Script(fused=fused)), _random_state(part)
         try:

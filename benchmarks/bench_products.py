@@ -1,0 +1,111 @@
+"""Sums of products, as a LoRA layer has them: the kernel beside the same sums by torch.
+
+    python benchmarks/bench_products.py        # on a Hopper card, under a minute
+
+Baselines: "one by one", a product and then the others added in place, which is how Unsloth's functions and peft's modules do it; "copied
+together", one product of matrices that are set side by side first. Rank 16, bf16. The card is at its power limit in such products, so
+each is repeated for a tenth of a second, in turns, and a time is the average of that.
+"""
+
+import record
+import torch
+
+SECONDS, ROUNDS, RANK = 0.1, 8, 16
+# name: (calls a layer, N, widths of the inputs, weights transposed)
+SHAPES = {
+    "Llama 3.1 8B, 8192 tokens": (
+        8192,
+        {
+            "q, o": (2, 4096, (4096,), True),
+            "k, v": (2, 1024, (4096,), True),
+            "gate, up": (2, 14336, (4096,), True),
+            "down": (1, 4096, (14336,), True),
+            "gradient of the input of q, k, v": (1, 4096, (4096, 1024, 1024), False),
+            "gradient of the input of o": (1, 4096, (4096,), False),
+            "gradient of the input of gate, up": (1, 4096, (14336, 14336), False),
+            "gradient of the input of down": (1, 14336, (4096,), False),
+        },
+    ),
+    "Llama 3.2 1B, 4096 tokens": (
+        4096,
+        {
+            "q, o": (2, 2048, (2048,), True),
+            "gate, up": (2, 8192, (2048,), True),
+            "down": (1, 2048, (8192,), True),
+            "gradient of the input of q, k, v": (1, 2048, (2048, 512, 512), False),
+            "gradient of the input of o": (1, 2048, (2048,), False),
+            "gradient of the input of gate, up": (1, 2048, (8192, 8192), False),
+            "gradient of the input of down": (1, 8192, (2048,), False),
+        },
+    ),
+}
+NAMED = next(iter(SHAPES))
+
+
+def average_us(call, calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls * 1e3
+
+
+def measure(model: str, name: str) -> list[dict]:
+    from unsloth_ext.nf4.products import _one_by_one, sum_of_products
+
+    tokens, (calls_a_layer, columns, widths, transposed) = SHAPES[model][0], SHAPES[model][1][name]
+    widths = (*widths, RANK * len(widths))
+    xs = [torch.randn(tokens, n, device="cuda").bfloat16() for n in widths]
+    weights = [torch.randn(columns, n, device="cuda").bfloat16() / n**0.5 for n in widths]
+    weights = weights if transposed else [weight.t().contiguous() for weight in weights]
+    together = torch.cat(
+        weights, 1 if transposed else 0
+    )  # in the model LoRA's part would be copied in each step, a small thing
+
+    def copied_together():
+        wide = torch.cat(xs, 1)
+        return wide @ (together.t() if transposed else together)
+
+    ways = {
+        "one by one": lambda: _one_by_one(xs, weights, transposed),
+        "copied together": copied_together,
+        "ours": lambda: sum_of_products(xs, weights, transposed),
+    }
+    exact = sum(x.float() @ (w.float().t() if transposed else w.float()) for x, w in zip(xs, weights, strict=True))
+    off = {way: ((run().float() - exact).norm() / exact.norm()).item() for way, run in ways.items()}
+    del exact
+    calls = {way: max(3, int(SECONDS / (average_us(run, 3) / 1e6))) for way, run in ways.items()}
+    times = {way: [] for way in ways}
+    for round in range(ROUNDS + 1):
+        for way, run in ways.items():
+            found = average_us(run, calls[way])
+            if round:
+                times[way].append(found)
+    rows = []
+    for way in ways:
+        row = {"model": model, "product": name, "way": way, "calls_a_layer": calls_a_layer, "unit": "us"}
+        row |= {"baseline": "one by one"} | record.percentiles(times[way]) | {"off": off[way]}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("bench_products: it needs a Hopper card; nothing was measured")
+        return
+    rows = [row for model, (_, products) in SHAPES.items() for name in products for row in measure(model, name)]
+    layer = {
+        way: sum(row["calls_a_layer"] * row["p50"] for row in rows if (row["model"], row["way"]) == (NAMED, way))
+        for way in ("one by one", "copied together", "ours")
+    }
+    print({way: round(us) for way, us in layer.items()})
+    ratio = round(layer["one by one"] / layer["ours"], 3)
+    against = "product, then the others added in place, same run"
+    record.write("products", rows, [record.claim("compile.products_8b.vs_one_by_one", ratio, "x", ">= 1.05", against)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The kernel for sums of products on a card: values, edges, the same bits whatever the number of rows, streams, threads, graphs."""
+
+import threading
+
+import pytest
+import torch
+
+from unsloth_ext.nf4 import products_hopper
+from unsloth_ext.nf4.products import _one_by_one, sum_of_products
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+
+
+def matrix(rows, columns, dtype, around=0):
+    """Among NaN, where there is something around it."""
+    whole = torch.full((rows, columns + 2 * around), float("nan"), device="cuda", dtype=dtype)
+    part = whole[:, around : around + columns]
+    return part.copy_(torch.randn(rows, columns, device="cuda"))
+
+
+def pairs(rows, columns, widths, transposed, dtype=torch.bfloat16, around=0):
+    xs = [matrix(rows, n, dtype, around) for n in widths]
+    return xs, [matrix(*((columns, n) if transposed else (n, columns)), dtype, around) for n in widths]
+
+
+def kernel_of(xs, weights, transposed):
+    found = products_hopper.kernel_for(xs, weights, transposed, weights[0].shape[0 if transposed else 1])
+    assert found is not None
+    return found
+
+
+def off(found, xs, weights, transposed):
+    exact = sum(x.double() @ (w.double().t() if transposed else w.double()) for x, w in zip(xs, weights, strict=True))
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "columns", "widths", "around"),
+    [
+        (8191, 1032, (264, 16), 0),
+        (4096, 4096, (1024, 3), 8),
+        (8192, 1024, (64, 32, 8, 5), 16),
+        (2100, 4104, (200, 136), 8),
+        (2048, 4096, (8, 8), 0),
+    ],
+)
+def test_values(dtype, transposed, rows, columns, widths, around):
+    xs, weights = pairs(rows, columns, widths, transposed, dtype, around)
+    kernel_of(xs, weights, transposed)
+    found = sum_of_products(xs, weights, transposed)
+    mine = off(found, xs, weights, transposed)
+    assert mine < torch.finfo(dtype).eps / 2  # rounded once
+    assert mine <= 1.01 * off(_one_by_one(xs, weights, transposed), xs, weights, transposed)
+    assert torch.equal(found, sum_of_products(xs, weights, transposed))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_nothing_is_written_beside_the_result(transposed):
+    xs, weights = pairs(2047, 4088, (72, 16), transposed)
+    whole = torch.full((2050, 4104), float("nan"), device="cuda", dtype=torch.bfloat16)
+    y = whole[1:2048, 8:4096]
+    kernel_of(xs, weights, transposed)(xs, weights, y)
+    assert off(y, xs, weights, transposed) < 2**-8
+    y.fill_(float("nan"))
+    assert whole.isnan().all()
+
+
+def test_the_bits_do_not_depend_on_the_number_of_rows():
+    xs, weights = pairs(8192, 2048, (512, 16), True)
+    whole = sum_of_products(xs, weights)
+    for rows in (4096, 7000):
+        part = [x[:rows] for x in xs]
+        kernel_of(part, weights, True)
+        assert torch.equal(sum_of_products(part, weights), whole[:rows])
+
+
+def test_what_is_small_or_laid_out_otherwise_is_added_one_by_one():
+    xs, weights = pairs(4096, 4096, (64, 16), True)
+    few = [x[:100] for x in xs]
+    turned = [weights[0].t().contiguous().t(), weights[1]]
+    odd = (
+        [torch.randn(4096, 203, device="cuda").bfloat16()[:, 3:], xs[1]],
+        [matrix(4096, 200, torch.bfloat16), weights[1]],
+    )
+    for given in ((few, weights), (xs, turned), odd, ([x.float() for x in xs], [w.float() for w in weights])):
+        assert products_hopper.kernel_for(*given, True, 4096) is None
+        assert off(sum_of_products(*given), *given, True) < 2**-7
+
+
+def test_on_streams_and_in_threads():
+    given = [pairs(4096, 2048, (256 + 64 * i, 16), bool(i % 2)) for i in range(4)]
+    wanted = [sum_of_products(*one, bool(i % 2)) for i, one in enumerate(given)]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def run(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                found = sum_of_products(*given[i], bool(i % 2))
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(found, wanted[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+def test_in_a_graph():
+    xs, weights = pairs(4096, 2048, (128, 12), False)
+    sum_of_products(xs, weights, False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = sum_of_products(xs, weights, False)
+    xs[0].normal_()
+    xs[1].normal_()
+    graph.replay()
+    assert torch.equal(found, sum_of_products(xs, weights, False))
+
+
+def test_a_kernel_that_fails_is_said_and_not_used(monkeypatch, caplog):
+    def broken(self, *_):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(products_hopper, "_kernels", {})
+    monkeypatch.setattr(products_hopper._Kernel, "check", broken)
+    xs, weights = pairs(4096, 2048, (128, 16), True)
+    for _ in range(2):
+        assert off(sum_of_products(xs, weights), xs, weights, True) < 2**-7
+    assert [record.getMessage() for record in caplog.records] == [
+        "sums of products on cuda:0 are computed one product after the other: no such thing"
+    ]
