@@ -45,10 +45,10 @@ def off(found, xs, weights, transposed):
 @pytest.mark.parametrize(
     ("rows", "columns", "widths", "around"),
     [
-        (8191, 1032, (264, 16), 0),
+        (8191, 2040, (264, 16), 0),
         (4096, 4096, (1024, 3), 8),
         (8192, 1024, (64, 32, 8, 5), 16),
-        (2100, 4104, (200, 136), 8),
+        (2300, 14088, (200, 136), 8),
         (2048, 4096, (8, 8), 0),
     ],
 )
@@ -83,7 +83,7 @@ def test_the_bits_do_not_depend_on_the_number_of_rows():
 
 
 def test_what_is_small_or_laid_out_otherwise_is_added_one_by_one():
-    xs, weights = pairs(4096, 4096, (64, 16), True)
+    xs, weights = pairs(4096, 4096, (256, 16), True)
     few = [x[:100] for x in xs]
     turned = [weights[0].t().contiguous().t(), weights[1]]
     odd = (
