@@ -167,6 +167,23 @@ def test_weights_that_are_kept_dense(name):
     )
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_dequantised_weight_is_kept_for_the_backward(name):
+    """Which would be 2 bytes a parameter and layer: the forward's and the backward's are not one node to the partitioner."""
+    given = given_for(name, (8, 8, 8), torch.bfloat16)
+    x = torch.randn(2, 19, H).to(torch.bfloat16).requires_grad_()
+    torch._dynamo.reset()
+    run = torch.compile(
+        function(name, given), fullgraph=True, backend="aot_eager_decomp_partition"
+    )  # Inductor's partitioner
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        results = run(x)
+    assert kept and (results[0] if name == "QKV" else results).requires_grad
+    dense = {tuple(one[1].shape) for one in given}
+    assert not [tensor.shape for tensor in kept if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in dense]
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["MLP", "QKV"])
 def test_inductor_copies_nothing_together(name):

@@ -188,7 +188,7 @@ def _input_gradient(dys, p, weights, a_s):
     rows = [a.to(p.dtype) for a in a_s]
     rank = sum(a.shape[0] for a in a_s)
     below = torch.cat(rows) if len(rows) > 1 else rows[0]
-    dense = [dequantization.traced(packed, state, dtype=p.dtype) for packed, state in weights]
+    dense = [dequantization.traced(packed, state, dtype=p.dtype, again=True) for packed, state in weights]
     return sum_of_products((*dys, p[:, :rank]), (*dense, below), transposed=False)
 
 

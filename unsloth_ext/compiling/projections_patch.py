@@ -87,7 +87,7 @@ PATCHES = (
     Patch(
         id="compiling.projections",
         challenge="C",
-        summary="in a compiled layer the LoRA projections of one input are multiplied side by side: fewer passes over the gradients (by itself on Hopper)",
+        summary="in a compiled layer what LoRA adds to products, and sums over projections, are added inside them: fewer passes (by itself on Hopper)",
         targets=(Target(_LORA, "LoRA_MLP.forward", _SINCE, ("3d16b7f6e9731421",)),),
         relies_on=(
             Target(_LORA, "_apply", _SINCE, ("774bdd994e7a5855",)),

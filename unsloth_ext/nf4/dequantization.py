@@ -325,9 +325,13 @@ def _allocator(shape, dtype, index):
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 _FIELDS = "Tensor packed, Tensor absmax, Tensor? code2, Tensor? absmax2, Tensor? offset, int blocksize, int blocksize2"
-_library.define(
-    f"dequantize_nf4({_FIELDS}, SymInt[] shape, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+# Of one operator with one input the partitioner makes one node, whose result it keeps from the forward for the backward, 2 bytes a
+# weight. So a backward has an operator of its own.
+_ANEW = ("dequantize_nf4", "dequantize_nf4_again")
+for _name in _ANEW:
+    _library.define(
+        f"{_name}({_FIELDS}, SymInt[] shape, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
 _library.define(f"dequantize_nf4_out({_FIELDS}, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -356,14 +360,19 @@ def _operator_out_fake(packed, absmax, code2, absmax2, offset, blocksize, blocks
 
 
 for _key in ("CPU", "CUDA", "XPU"):
-    _library.impl("dequantize_nf4", _operator, _key)
+    for _name in _ANEW:
+        _library.impl(_name, _operator, _key)
     _library.impl("dequantize_nf4_out", _operator_out, _key)
-torch.library.register_fake("unsloth_ext::dequantize_nf4", _operator_fake, lib=_library)
+for _name in _ANEW:
+    torch.library.register_fake(f"unsloth_ext::{_name}", _operator_fake, lib=_library)
 torch.library.register_fake("unsloth_ext::dequantize_nf4_out", _operator_out_fake, lib=_library)
 
 
-def traced(packed, quant_state, out=None, dtype=None):
-    """`dequantize` for torch.compile: one node of the graph, no graph break; none where the dense weight is kept (dense_copies.py)."""
+def traced(packed, quant_state, out=None, dtype=None, again=False):
+    """`dequantize` for torch.compile: one node of the graph, no graph break; none where the dense weight is kept (dense_copies.py).
+
+    again: in the backward of what has dequantised it in its forward.
+    """
     if out is None and (kept := dense_copies.copy_of(quant_state, dtype, packed.device)) is not None:
         return kept.t() if packed.shape[0] == 1 else kept
     state = read(quant_state)
@@ -372,7 +381,8 @@ def traced(packed, quant_state, out=None, dtype=None):
         offset = torch.tensor(offset, dtype=torch.float32, device=packed.device)
     fields = (packed, state.absmax, state.code2, state.absmax2, offset, state.blocksize, state.blocksize2)
     if out is None:
-        out = torch.ops.unsloth_ext.dequantize_nf4(*fields, list(state.shape), dtype or state.dtype)
+        operator = torch.ops.unsloth_ext.dequantize_nf4_again if again else torch.ops.unsloth_ext.dequantize_nf4
+        out = operator(*fields, list(state.shape), dtype or state.dtype)
     else:
         torch.ops.unsloth_ext.dequantize_nf4_out(*fields, out)
     return out.t() if packed.shape[0] == 1 else out
