@@ -1,4 +1,4 @@
-"""On a card: the functions at real widths, in Inductor's graphs; gradients, what is written in place, and gate and up found again."""
+"""On a card: the functions at real widths, in Inductor's graphs; gradients, and gate and up found again."""
 
 import re
 
@@ -8,7 +8,7 @@ from projection_weights import lora, mean_off, results, swiglu_backward, swiglu_
 
 from unsloth_ext.compiling import projections, projections_kernel
 from unsloth_ext.compiling.projections_operators import swiglu_lora, swiglu_lora_backward
-from unsloth_ext.nf4 import dequantize
+from unsloth_ext.nf4 import dequantize, products_hopper
 
 pytestmark = pytest.mark.gpu
 CARD = "cuda"
@@ -54,6 +54,32 @@ def plain_of(name, given, dtype):
     return run
 
 
+def on_hopper():
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """How many sums of products the kernel has made since this was last asked."""
+    calls, own = [], products_hopper._Kernel.__call__
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        own(self, *args, **kwargs)
+
+    def asked():
+        found = len(calls)
+        calls.clear()
+        return found
+
+    for transposed in (True, False):  # what a first use tries is not counted
+        for dtype in (torch.bfloat16, torch.float16):
+            if on_hopper():
+                assert products_hopper._kernel(0, dtype, transposed) is not None
+    monkeypatch.setattr(products_hopper._Kernel, "__call__", counted)
+    return asked
+
+
 def in_double(run, x, given, outer):
     return [one.double() for one in results(run, x, given, outer)]
 
@@ -61,29 +87,33 @@ def in_double(run, x, given, outer):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (3, 32, 8)])
-def test_compiled_gradients(name, dtype, ranks):
-    given, x, outer = case(name, dtype, ranks)
+@pytest.mark.parametrize("rows", [(2, 515), (4, 2048)])  # products one by one, and in one sum
+def test_compiled_gradients(name, dtype, ranks, rows, sums):
+    given, x, outer = case(name, dtype, ranks, rows)
     torch._dynamo.reset()
     run = torch.compile(run_of(name, given), fullgraph=True, dynamic=True)
     exact = in_double(plain_of(name, given, torch.float64), x, given, outer)
     ours = mean_off(in_double(run, x, given, outer), exact)
+    assert sums() == ({"Linear": 2, "QKV": 4, "MLP": 5}[name] if rows == (4, 2048) and on_hopper() else 0)
     assert ours < 2 * mean_off(in_double(plain_of(name, given, dtype), x, given, outer), exact)
     given[0][2].data.mul_(1.1)  # what a graph kept of a weight would show
     exact = in_double(plain_of(name, given, torch.float64), x, given, outer)
     assert mean_off(in_double(run, x, given, outer), exact) < 2 * ours
 
 
-def test_gate_and_up_are_found_again_bit_for_bit():
-    given, x, outer = case("MLP", torch.bfloat16, rows=(2, 512))  # nothing that shape_padding would pad
+@pytest.mark.parametrize("length", [256, 2048])
+def test_gate_and_up_are_found_again_bit_for_bit(length, sums):
+    given, x, outer = case("MLP", torch.bfloat16, rows=(2, length))  # nothing that shape_padding would pad
     kept = []
     torch._dynamo.reset()
     options = {"epilogue_fusion": True, "shape_padding": True}  # those of Unsloth's blocks
     run = torch.compile(run_of("MLP", given), fullgraph=True, dynamic=True, options=options)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         run(x)
-    wide = [one for one in kept if one.ndim and one.shape[-1] == I and one.numel() == 2 * 512 * I]
+    wide = [one for one in kept if one.ndim and one.shape[-1] == I and one.numel() == 2 * length * I]
     found = [projections.gate_or_up(name, x.detach(), *given[:2]).view(-1, I) for name in ("gate", "up")]
     assert len(wide) == 2 and all(any(torch.equal(one, w.view(-1, I)) for w in wide) for one in found)
+    assert sums() == (5 if length == 2048 and on_hopper() else 0)  # gate, up and down, and the first two again
 
 
 def test_nothing_is_copied_together():
@@ -133,7 +163,7 @@ def test_swiglu_lora_backward(dtype, ranks, rows, width):
 
 
 def test_peak_memory():
-    """The backward of the MLP: no more than the gradients side by side and their weights, beyond what the plain order needs."""
+    """The backward of the MLP: no more than the gradients of gate and up and their weights, beyond what the plain order needs."""
     given, x, outer = case("MLP", torch.bfloat16, rows=(4, 2048))
     peaks = {}
     for which, run in (("ours", run_of("MLP", given)), ("plain", plain_of("MLP", given, torch.bfloat16))):
@@ -151,8 +181,9 @@ def test_peak_memory():
     assert peaks["ours"] < peaks["plain"] + wide + weights, peaks
 
 
-def test_in_a_cuda_graph():
-    given, x, outer = case("QKV", torch.bfloat16, rows=(1, 512))
+@pytest.mark.parametrize("length", [512, 8192])
+def test_in_a_cuda_graph(length):
+    given, x, outer = case("QKV", torch.bfloat16, rows=(1, length))
     torch._dynamo.reset()
     run = torch.compile(run_of("QKV", given), fullgraph=True)
     expected = in_double(run, x, given, outer)

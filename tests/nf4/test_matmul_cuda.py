@@ -79,7 +79,7 @@ def test_the_launch_block():
     seen = []
     call = matmul_cuda._Function.__new__(matmul_cuda._Function)
     call.threads, call.shared, call.function, call.count, call.free = 512, 99, None, 3, []
-    call.at, call.pack_into = len(matmul_cuda._OVERLAP), struct.Struct(matmul_cuda._CONFIG + "Qi4xf4x").pack_into
+    call.at, call.pack_into = len(matmul_cuda._OVERLAP), struct.Struct(matmul_cuda.CONFIG + "Qi4xf4x").pack_into
 
     def launch(config, function, pointers, extra):
         first = ctypes.string_at(config, 56)

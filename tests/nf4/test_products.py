@@ -58,6 +58,44 @@ def test_bad_input(change, why):
         sum_of_products(*change(*pairs(5, 16, (32, 8))))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_of_nothing(dtype):
+    for rows, columns, widths in ((0, 16, (32, 8)), (5, 0, (32, 8)), (5, 16, (32, 0)), (5, 16, (0, 0))):
+        xs, weights = pairs(rows, columns, widths, dtype=dtype)
+        found = sum_of_products(xs, weights)
+        torch.testing.assert_close(found, (xs[0] @ weights[0].t()).to(dtype), rtol=0.01, atol=0.01)
+
+
+def test_who_is_asked_for_a_kernel(monkeypatch):
+    """On a Hopper card: two to four products of 16 bits, of some size, whose layouts the copy engine takes."""
+    monkeypatch.setattr(products_hopper, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(products_hopper, "_clusters", lambda index: 66)
+    monkeypatch.setattr(products_hopper, "_kernel", lambda *key: key)
+    products_hopper._fills.cache_clear()
+
+    def asked(rows=4096, columns=4096, widths=(64, 8), dtype=torch.bfloat16):
+        xs, weights = pairs(rows, columns, widths, dtype=dtype)
+        return products_hopper.kernel_for(xs, weights, True, columns)
+
+    assert asked() == (None, torch.bfloat16, True) and asked(dtype=torch.float16) and asked(widths=(64, 3, 5, 16))
+    no = (
+        asked(dtype=torch.float32),
+        asked(widths=(64,)),
+        asked(widths=(8,) * 5),
+        asked(columns=4092),
+        asked(widths=(202, 8)),
+    )
+    assert (*no, asked(rows=100), asked(rows=0), asked(columns=0), asked(widths=(64, 0))) == (None,) * 9
+    products_hopper._fills.cache_clear()
+
+
+def test_gradients_through_it_are_not_silently_wrong():
+    xs, weights = pairs(5, 16, (32, 8))
+    y = sum_of_products([x.requires_grad_() for x in xs], weights)
+    with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
+        y.sum().backward()
+
+
 def test_which_layouts_have_a_map():
     whole = torch.zeros(16, 64, dtype=torch.bfloat16)
     assert products_hopper._has_map(whole) and products_hopper._has_map(whole[:, 8:24])

@@ -3,7 +3,7 @@
 The last level of the ladder of memory_controller.py: once nothing is computed again, NF4 weights that stay dense beside their 4 bits save
 the dequantising, 2% of an 8B step on an H200, for 2 bytes a parameter. For 8B that is 13 GiB: an eighth of the speed that the same
 memory buys as activations, so those come first, and `memory_budget` does it by itself only where even a generous estimate of
-all else leaves the room. The weights are the same bit for bit, sums may be in another order: nf4/dense_copies.py.
+all else leaves the room. The weights are the same bit for bit (nf4/dense_copies.py).
 """
 
 from __future__ import annotations

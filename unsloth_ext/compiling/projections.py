@@ -1,4 +1,4 @@
-"""The projections of a LoRA layer on NF4 weights with their products side by side, for a compiled training step.
+"""The projections of a LoRA layer on NF4 weights with fewer passes over what is wide, for a compiled training step.
 
 Autograd functions in plain torch, to be traced: Inductor lowers what is inside them. Four things are done otherwise than one
 projection after the other:
@@ -22,7 +22,7 @@ import torch
 from ..nf4 import dequantization
 from ..nf4.products import sum_of_products
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
-from .projections_operators import beside, swiglu_lora, swiglu_lora_backward
+from .projections_operators import swiglu_lora, swiglu_lora_backward
 
 __all__ = ["MLP", "QKV", "Linear", "gate_or_up", "mlp_refusal", "refusal"]
 
@@ -91,7 +91,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, a, b, low = ctx.saved_tensors
         dy = dy.flatten(0, -2)
-        p = dy @ _scaled(b, ctx.scaling, dy.dtype)
+        p = dy @ _block_diagonal((b,), (ctx.scaling,), dy.dtype)
         dx = _input_gradient((dy,), p, (ctx.weight,), (a,))
         (da,) = _gradients_of_a(p, (a,), x.flatten(0, -2))
         db = _gradient_of_b(dy, low, b, ctx.scaling)
@@ -121,7 +121,7 @@ class QKV(torch.autograd.Function):
         x, q_a, q_b, k_a, k_b, v_a, v_b, low = ctx.saved_tensors
         a_s, b_s = (q_a, k_a, v_a), (q_b, k_b, v_b)
         dys = dq.flatten(0, -2), dk.flatten(0, -2), dv.flatten(0, -2)
-        p = beside([dy @ _scaled(b, scaling, dy.dtype) for dy, b, scaling in zip(dys, b_s, ctx.scalings, strict=True)])
+        p = torch.cat([dy @ _scaled(b, s, dy.dtype) for dy, b, s in zip(dys, b_s, ctx.scalings, strict=True)], 1)
         dx = _input_gradient(dys, p, ctx.weights, a_s)
         dq_a, dk_a, dv_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
         lows = low.split([a.shape[0] for a in a_s], 1)
@@ -159,7 +159,7 @@ class MLP(torch.autograd.Function):
         x, gate_a, gate_b, up_a, up_b, down_a, down_b, e, g, low, down_low = ctx.saved_tensors
         gate_scaling, up_scaling, down_scaling = ctx.scalings
         dy = dy.flatten(0, -2)
-        p = dy @ _scaled(down_b, down_scaling, dy.dtype)
+        p = dy @ _block_diagonal((down_b,), (down_scaling,), dy.dtype)
         dh = _input_gradient((dy,), p, ctx.weights[2:], (down_a,))
         ddown_b = _gradient_of_b(dy, down_low, down_b, down_scaling)
         a_s, b_s = (gate_a, up_a), (gate_b, up_b)

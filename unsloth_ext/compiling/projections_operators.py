@@ -1,4 +1,4 @@
-"""Operators of projections.py: what Inductor would do with copies, or in more passes, if it were left to it. Not differentiable."""
+"""Operators of projections.py: what Inductor would do in more passes if it were left to it. Not differentiable."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ import functools
 
 import torch
 
-__all__ = ["beside", "swiglu_lora", "swiglu_lora_backward"]
+__all__ = ["swiglu_lora", "swiglu_lora_backward"]
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 for _schema in (
-    "beside(Tensor[] parts) -> Tensor",
     "swiglu_lora(Tensor e, Tensor g, Tensor a) -> (Tensor h, Tensor low)",
     "swiglu_lora_backward(Tensor dh, Tensor e, Tensor g, Tensor low, Tensor p, SymInt gate_rank) -> (Tensor wide, Tensor sums)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def beside(parts) -> torch.Tensor:
-    """Matrices of equal rows side by side, copied. Inductor would let torch.cat's parts be views of its result: what is kept of them
-    for the backward would keep all of it, and products that read them would read columns of it."""
-    return torch.ops.unsloth_ext.beside(parts)
 
 
 def swiglu_lora(e: torch.Tensor, g: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,10 +42,6 @@ def _kernels():
     from . import projections_kernel
 
     return projections_kernel
-
-
-def _beside(parts):
-    return torch.cat(parts, 1)
 
 
 def _results_of(e, g, a):
@@ -94,9 +83,7 @@ def _swiglu_lora_backward(dh, e, g, low, p, gate_rank):
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("beside", _beside, _key)
     _library.impl("swiglu_lora", _swiglu_lora, _key)
     _library.impl("swiglu_lora_backward", _swiglu_lora_backward, _key)
-torch.library.register_fake("unsloth_ext::beside", _beside, lib=_library)
 torch.library.register_fake("unsloth_ext::swiglu_lora", _results_of, lib=_library)
 torch.library.register_fake("unsloth_ext::swiglu_lora_backward", _results_for, lib=_library)

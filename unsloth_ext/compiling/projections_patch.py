@@ -1,4 +1,4 @@
-"""What the room changes in Unsloth's LoRA functions: while a graph is traced, their products go side by side (projections.py).
+"""What the room changes in Unsloth's LoRA functions: while a graph is traced, projections.py computes them.
 
 The three names `LoRA_MLP`, `LoRA_QKV` and `LoRA_W` stand for objects whose `apply` chooses. Outside of a trace, and for what
 `projections.refusal` names, dropout, a bias or another activation than SwiGLU, it is Unsloth's own. On by itself on Hopper, where it was

@@ -48,7 +48,7 @@ class Copy:
 def size_of(quant_state) -> int:
     """Bytes that `keep` will take."""
     state = read(quant_state)
-    return state.shape.numel() * state.dtype.itemsize
+    return torch.Size(state.shape).numel() * state.dtype.itemsize
 
 
 def keep(packed: torch.Tensor, quant_state) -> Copy:

@@ -327,8 +327,8 @@ _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 _FIELDS = "Tensor packed, Tensor absmax, Tensor? code2, Tensor? absmax2, Tensor? offset, int blocksize, int blocksize2"
 # Of one operator with one input the partitioner makes one node, whose result it keeps from the forward for the backward, 2 bytes a
 # weight. So a backward has an operator of its own.
-_ANEW = ("dequantize_nf4", "dequantize_nf4_again")
-for _name in _ANEW:
+_WHOLE = ("dequantize_nf4", "dequantize_nf4_again")
+for _name in _WHOLE:
     _library.define(
         f"{_name}({_FIELDS}, SymInt[] shape, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )
@@ -360,10 +360,10 @@ def _operator_out_fake(packed, absmax, code2, absmax2, offset, blocksize, blocks
 
 
 for _key in ("CPU", "CUDA", "XPU"):
-    for _name in _ANEW:
+    for _name in _WHOLE:
         _library.impl(_name, _operator, _key)
     _library.impl("dequantize_nf4_out", _operator_out, _key)
-for _name in _ANEW:
+for _name in _WHOLE:
     torch.library.register_fake(f"unsloth_ext::{_name}", _operator_fake, lib=_library)
 torch.library.register_fake("unsloth_ext::dequantize_nf4_out", _operator_out_fake, lib=_library)
 

@@ -19,46 +19,31 @@ import threading
 import torch
 
 from . import dequantization, matmul_nvrtc, matmul_table
+from .driver import CONFIG, INVALID_CONTEXT, MAX_DYNAMIC_SHARED_SIZE_BYTES, driver, must
 from .matmul_hopper import COUNTERS, FewRows
 from .matmul_launch import pairs
 from .matmul_table import FACTORS
 
 _OVERLAP = struct.pack("<I4xI60x", 6, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: allowed
-_CONFIG = "<7I4xQQI4x"  # CUlaunchConfig: grid, block, shared memory, stream, attributes, their number
-_INVALID_CONTEXT = 201
-
-
-@functools.cache
-def _driver():
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
-    return driver
-
-
-def _must(code: int) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorName(code, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {(text.value or b'').decode()} ({code})")
 
 
 class _Function:
     """A kernel of a loaded module: call(grid, stream, *arguments), of the struct format given."""
 
     def __init__(self, module, name: str, threads: int, shared: int, arguments: str):
-        driver, self.function, self.context = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-        _must(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
+        self.function, self.context = ctypes.c_void_p(), ctypes.c_void_p()
+        must(driver().cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
         if shared:
-            _must(driver.cuFuncSetAttribute(self.function, 8, shared))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _must(driver.cuCtxGetCurrent(ctypes.byref(self.context)))
+            must(driver().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        must(driver().cuCtxGetCurrent(ctypes.byref(self.context)))
         self.module, self.threads, self.shared = module, threads, shared
         slots = "".join(letter if letter == "Q" else letter + "4x" for letter in arguments)
-        self.pack_into, self.count = struct.Struct(_CONFIG + slots).pack_into, len(arguments)
+        self.pack_into, self.count = struct.Struct(CONFIG + slots).pack_into, len(arguments)
         self.at = len(_OVERLAP)
-        self.launch, self.free = driver.cuLaunchKernelEx, []
+        self.launch, self.free = driver().cuLaunchKernelEx, []
 
     def _block(self):
-        first = self.at + struct.calcsize(_CONFIG)
+        first = self.at + struct.calcsize(CONFIG)
         block = ctypes.create_string_buffer(first + 16 * self.count)
         start = ctypes.addressof(block)
         block[: self.at] = _OVERLAP
@@ -75,12 +60,12 @@ class _Function:
         block, attributes, config, pointers = taken
         self.pack_into(block, self.at, x, y, z, self.threads, 1, 1, self.shared, stream, attributes, 1, *arguments)
         code = self.launch(config, self.function, pointers, None)
-        if code == _INVALID_CONTEXT:  # a thread that has done nothing on the card yet
-            _must(_driver().cuCtxSetCurrent(self.context))
+        if code == INVALID_CONTEXT:  # a thread that has done nothing on the card yet
+            must(driver().cuCtxSetCurrent(self.context))
             code = self.launch(config, self.function, pointers, None)
         free.append(taken)
         if code:
-            _must(code)
+            must(code)
 
 
 class Counters:
@@ -108,7 +93,7 @@ class Counters:
         # the same time and so share nothing.
         status, number = ctypes.c_int(), ctypes.c_ulonglong()
         try:
-            code = _driver().cuStreamGetCaptureInfo_v2(
+            code = driver().cuStreamGetCaptureInfo_v2(
                 ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
             )
         except AttributeError:
@@ -141,7 +126,7 @@ class Kernel:
         image = matmul_nvrtc.cubin(shape.kernel, macros)
         torch.cuda.current_stream(index).synchronize()  # makes the device's context this thread's own
         module = ctypes.c_void_p()
-        _must(_driver().cuModuleLoadData(ctypes.byref(module), image))
+        must(driver().cuModuleLoadData(ctypes.byref(module), image))
         few = isinstance(shape, FewRows)
         self.function = _Function(module, shape.kernel, shape.threads, shape.end - 0x400, "Q" * 10 + "iifQ")
         self.permute = None if few else _Function(module, "permute", 256, 0, "QQiii")

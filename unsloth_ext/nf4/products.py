@@ -52,6 +52,7 @@ def _check(xs, weights, transposed) -> int:
     return weights[0].shape[dimension]
 
 
+@torch.no_grad()
 def _one_by_one(xs, weights, transposed):
     _check(xs, weights, transposed)
     weights = [weight.t() if transposed else weight for weight in weights]
@@ -61,6 +62,7 @@ def _one_by_one(xs, weights, transposed):
     return y
 
 
+@torch.no_grad()
 def _on_card(xs, weights, transposed):
     from . import products_hopper
 

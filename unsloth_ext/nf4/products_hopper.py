@@ -15,7 +15,7 @@ import threading
 import torch
 
 from . import matmul_nvrtc
-from .matmul_cuda import _CONFIG, _INVALID_CONTEXT, _driver, _must
+from .driver import CONFIG, INVALID_CONTEXT, MAX_DYNAMIC_SHARED_SIZE_BYTES, driver, must
 
 _log = logging.getLogger(__name__)
 SEGMENTS = 4  # products in one sum
@@ -35,6 +35,8 @@ def kernel_for(xs, weights, transposed: bool, columns: int):
     x = xs[0]
     if not 1 < len(xs) <= SEGMENTS or x.dtype not in _DTYPES or not _is_hopper(x.device.index):
         return None
+    if not x.shape[0] or not columns or any(not one.shape[1] for one in xs):  # nothing has no map
+        return None
     if not _fills(x.shape[0], columns, x.device.index) or columns % 8:
         return None
     if not all(t.shape[1] <= _NARROW or _has_map(t) for t in (*xs, *weights)):
@@ -49,7 +51,7 @@ def _is_hopper(index: int) -> bool:
 
 @functools.cache
 def _clusters(index: int) -> int:
-    """Pairs of programs that run at a time; a kernel, once loaded, asks the driver."""
+    """Pairs of programs that run at a time on a whole card. (A launch asks the driver, which knows of shared ones.)"""
     return torch.cuda.get_device_properties(index).multi_processor_count // 2
 
 
@@ -79,8 +81,8 @@ def _map(address: int, rows: int, columns: int, pitch: int, box_rows: int, dtype
     at = -(-ctypes.addressof(raw) // 64) * 64
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32
     swizzle_128, promote_256 = 3, 3
-    _must(
-        _driver().cuTensorMapEncodeTiled(
+    must(
+        driver().cuTensorMapEncodeTiled(
             ctypes.c_void_p(at), _DTYPES[dtype], 2, ctypes.c_void_p(address), (u64 * 2)(columns, rows), (u64 * 1)(2 * pitch),
             (u32 * 2)(64, box_rows), (u32 * 2)(1, 1), 0, swizzle_128, promote_256, 0,
         )
@@ -89,33 +91,36 @@ def _map(address: int, rows: int, columns: int, pitch: int, box_rows: int, dtype
 
 
 class _Kernel:
+    """kernel(xs, weights, y): y = the sum. To be made, and tried with `check`, with its device as the current one."""
+
     def __init__(self, index: int, dtype: torch.dtype, transposed: bool):
         macros = {"WT": int(transposed)} | ({"FP16": 1} if dtype == torch.float16 else {})
         image = matmul_nvrtc.cubin("sum_of_products", macros)
         torch.cuda.current_stream(index).synchronize()  # makes the device's context this thread's own
-        driver, self.module, self.function, self.context = _driver(), *(ctypes.c_void_p() for _ in range(3))
-        _must(driver.cuModuleLoadData(ctypes.byref(self.module), image))
-        _must(driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, b"sum_of_products"))
-        _must(driver.cuFuncSetAttribute(self.function, 8, _SHARED))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _must(driver.cuCtxGetCurrent(ctypes.byref(self.context)))
+        self.module, self.function, self.context = (ctypes.c_void_p() for _ in range(3))
+        must(driver().cuModuleLoadData(ctypes.byref(self.module), image))
+        must(driver().cuModuleGetFunction(ctypes.byref(self.function), self.module, b"sum_of_products"))
+        must(driver().cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED_SIZE_BYTES, _SHARED))
+        must(driver().cuCtxGetCurrent(ctypes.byref(self.context)))
         self.index, self.dtype, self.transposed, self.free = index, dtype, transposed, []
-        config = struct.pack(_CONFIG, 2 * _clusters(index), 1, 1, _THREADS, 1, 1, _SHARED, 0, 0, 0)
+        config = struct.pack(CONFIG, 2 * _clusters(index), 1, 1, _THREADS, 1, 1, _SHARED, 0, 0, 0)
         found = ctypes.c_int()
-        _must(driver.cuOccupancyMaxActiveClusters(ctypes.byref(found), self.function, config))
+        must(driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), self.function, config))
         if not found.value:
             raise RuntimeError("no cluster of two programs fits on this card")
         self.programs = 2 * min(found.value, _clusters(index))
 
     def _block(self):
-        """(memory, addresses of the launch's configuration, of the pointer to the argument, where the argument is)"""
-        first, size = struct.calcsize(_CONFIG), struct.calcsize(_PROBLEM)
+        """(memory, address of the launch's configuration, of the pointer to the argument, where in the memory the argument is)"""
+        first, size = struct.calcsize(CONFIG), struct.calcsize(_PROBLEM)
         block = ctypes.create_string_buffer(first + 8 + 64 + size)
         start = ctypes.addressof(block)
         at = -(-(start + first + 8) // 64) * 64 - start
         struct.pack_into("<Q", block, first, start + at)
         return block, start, start + first, at
 
-    def __call__(self, xs, weights, y) -> None:
+    def __call__(self, xs, weights, y, programs: int | None = None) -> None:
+        """programs: an even number, or as many as the card runs at a time."""
         (rows, columns), dtype, none = y.shape, self.dtype, SEGMENTS - len(xs)
         of_weight = _BN // 2 if self.transposed else 64
         xs, weights = list(map(_placed, xs)), list(map(_placed, weights))  # a copy lives until the launch is queued
@@ -128,38 +133,39 @@ class _Kernel:
         except IndexError:
             taken = self._block()
         block, config, pointers, at = taken
+        struct.pack_into(_PROBLEM, block, at, *maps, *widths, rows, columns)
+        numbers = programs or self.programs, 1, 1, _THREADS, 1, 1, _SHARED
         if torch.cuda.current_device() == self.index:
-            code = self._launch(block, config, pointers, at, maps, widths, rows, columns)
+            code = self._launch(block, config, pointers, numbers)
         else:
             with torch.cuda.device(self.index):
-                code = self._launch(block, config, pointers, at, maps, widths, rows, columns)
+                code = self._launch(block, config, pointers, numbers)
         self.free.append(taken)
-        _must(code)
+        must(code)
 
-    def _launch(self, block, config, pointers, at, maps, widths, rows, columns) -> int:
-        stream, driver = torch._C._cuda_getCurrentRawStream(self.index), _driver()
-        struct.pack_into(_CONFIG, block, 0, self.programs, 1, 1, _THREADS, 1, 1, _SHARED, stream, 0, 0)
-        struct.pack_into(_PROBLEM, block, at, *maps, *widths, rows, columns)
-        config, pointers = ctypes.c_void_p(config), ctypes.c_void_p(pointers)
-        code = driver.cuLaunchKernelEx(config, self.function, pointers, None)
-        if code == _INVALID_CONTEXT:  # a thread that has done nothing on the card yet
-            _must(driver.cuCtxSetCurrent(self.context))
-            code = driver.cuLaunchKernelEx(config, self.function, pointers, None)
+    def _launch(self, block, config, pointers, numbers) -> int:
+        stream, launch = torch._C._cuda_getCurrentRawStream(self.index), driver().cuLaunchKernelEx
+        struct.pack_into(CONFIG, block, 0, *numbers, stream, 0, 0)
+        code = launch(config, self.function, pointers, None)
+        if code == INVALID_CONTEXT:  # a thread that has done nothing on the card yet
+            must(driver().cuCtxSetCurrent(self.context))
+            code = launch(config, self.function, pointers, None)
         return code
 
     def check(self) -> None:
-        """Raises RuntimeError if it does not multiply as torch does, tiles that are not full among them."""
+        """Raises RuntimeError if it does not multiply as torch does. Two programs take all tiles, those at the edges among them, so
+        that the ring of stages goes round and results are written while the next tile comes."""
         device, rows, columns = torch.device("cuda", self.index), 300, 520
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)  # leaves the user's random state alone
 
         def random(*shape):
             return torch.randn(*shape, device=device, dtype=self.dtype, generator=generator)
 
-        xs, weights = [random(rows, 200)[:, 8:], random(rows, 12)], [random(columns, 192), random(columns, 12)]
+        xs, weights = [random(rows, 592)[:, 8:], random(rows, 12)], [random(columns, 584), random(columns, 12)]
         if not self.transposed:
             weights = [weight.t().contiguous() for weight in weights]
         y = torch.full((rows, columns), float("nan"), device=device, dtype=self.dtype)
-        self(xs, weights, y)
+        self(xs, weights, y, programs=2)
         pairs = zip(xs, weights, strict=True)
         exact = sum(x.double() @ (w.double().t() if self.transposed else w.double()) for x, w in pairs)
         off = ((y.double() - exact).norm() / exact.norm()).item()
@@ -167,22 +173,28 @@ class _Kernel:
             raise RuntimeError(f"its first result was off by {off:.1e}")
 
 
-def _kernel(index: int, dtype: torch.dtype, transposed: bool):
-    """The kernel, compiled, loaded and tried once; None, with a warning, where that fails, and while a first use would be recorded."""
-    found = _kernels.get((index, dtype, transposed), _kernels)
-    if found is not _kernels:
-        return found
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    with _loading, torch.inference_mode(False), torch.no_grad():
-        try:
-            found = _Kernel(index, dtype, transposed)
-            found.check()
-        except (OSError, RuntimeError, AttributeError) as why:
-            _log.warning("sums of products on cuda:%d are computed one product after the other: %s", index, why)
-            found = None
-        _kernels[index, dtype, transposed] = found
+_kernels: dict[tuple, _Kernel | None] = {}
+
+
+def _kernel(index: int, dtype: torch.dtype, transposed: bool) -> _Kernel | None:
+    """The kernel, compiled, loaded and tried once. None, with a warning, where that fails, and while a first use would be recorded: a
+    graph that is recorded before anything ran has the products one by one."""
+    key = index, dtype, transposed
+    if key in _kernels:
+        return _kernels[key]
+    with torch.cuda.device(index):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        with _loading, torch.inference_mode(False), torch.no_grad():
+            if key in _kernels:  # another thread was quicker
+                return _kernels[key]
+            try:
+                found = _Kernel(*key)
+                found.check()
+            except torch.OutOfMemoryError:  # says nothing about the kernel
+                raise
+            except (OSError, RuntimeError, AttributeError) as why:
+                _log.warning("sums of products on cuda:%d are computed one product after the other: %s", index, why)
+                found = None
+            _kernels[key] = found
     return found
-
-
-_kernels: dict = {}
