@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PACKING, _DISPATCH, _LLAMA = "unsloth.utils.packing", "unsloth.utils.attention_dispatch", "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
-_SWITCH = "UNSLOTH_EXT_PACKED"  # until it is known why TRL's packed trainers compile for a minute and more
+_SWITCH = "UNSLOTH_EXT_PACKED"  # until TRL's packed trainers have been run with it on a card, to their end
 _READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_metadata is in
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _NEEDS_ATTENTION = "traced layers need a packed attention that traces, and a patch would have to bring the package's"
