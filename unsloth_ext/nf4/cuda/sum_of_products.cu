@@ -32,7 +32,7 @@ DEV void store(const Map& map, uint32_t from, int x, int y) {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 template <int N> DEV void store_wait() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
-// No .release.cluster: that is a fence for all memory, a third of the speed; what is handed back was only read, and by wgmma.
+// No .release.cluster: that is a fence for all memory, which costs a fifth of the speed; what is handed back was only read, and by wgmma.
 DEV void arrive_at(uint32_t bar, int program) {
   asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [a]; }" ::"r"(bar), "r"(program) : "memory");
 }
