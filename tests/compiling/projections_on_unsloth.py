@@ -1,4 +1,4 @@
-"""Unsloth's own functions with and without their products side by side, on a CPU, in fp16 and compiled (traced and differentiated;
+"""Unsloth's own functions with and without compiling.projections, on a CPU, in fp16 and compiled (traced and differentiated;
 nothing is generated): `projections_on_unsloth.py [LoRA_MLP] [LoRA_QKV] [LoRA_W] [levels] [routes]`. The last line is JSON.
 
 What is replaced for the CPU's sake, on both sides: the dequantisation, which upstream has for cards only, and the SwiGLU kernel, which
@@ -97,7 +97,7 @@ def errors(name):
             found[side], operators[side] = run(function), counter.operators
     wanted = exact(x, given, outer)
     sides = ["unsloth_ext.sum_of_products.default" in operators[side] for side in ("ours", "theirs")]
-    return {side: mean_off(found[side], wanted) for side in found} | {"side by side": sides}
+    return {side: mean_off(found[side], wanted) for side in found} | {"ours was traced": sides}
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def levels():
         "fused": sorted({script.fused for script in budget.scripts.values() if script.products}),
         "outlines": any(script.outline for script in budget.scripts.values()),
         "why": sorted({script.why for script in budget.scripts.values()}),
-        "side by side": "unsloth_ext.sum_of_products.default" in counter.operators,
+        "ours was traced": "unsloth_ext.sum_of_products.default" in counter.operators,
     }
 
 

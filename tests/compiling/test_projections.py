@@ -472,7 +472,7 @@ def on_unsloth(tmp_path, *parts):
 
 
 def exact_enough(found):
-    assert found["side by side"] == [True, False]
+    assert found["ours was traced"] == [True, False]
     assert found["ours"] < 8 * EPSILON[torch.float16] and found["ours"] < 2 * found["theirs"], found
 
 
@@ -496,5 +496,5 @@ def test_beside_unsloths_other_functions(tmp_path):
 @pytest.mark.extended
 def test_memory_levels_around_unsloths_mlp(tmp_path):
     found = on_unsloth(tmp_path, "levels")["levels"]
-    assert found["side by side"] and found["fused"] == ["one sum"] and found["outlines"], found
+    assert found["ours was traced"] and found["fused"] == ["one sum"] and found["outlines"], found
     assert set(found["counts"].values()) == {2}  # no layer's graph ran again

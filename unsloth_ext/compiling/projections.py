@@ -203,7 +203,7 @@ def gate_or_up(name: str, x: torch.Tensor, gate, up) -> torch.Tensor:
     gate, up: (packed weight, quant_state, A, B, scaling). Raises ValueError where `MLP` would not be taken.
     """
     if why := mlp_refusal(x, gate, up):
-        raise ValueError(f"gate and up must be NF4 projections with LoRA that go side by side: {why}")
+        raise ValueError(f"gate and up must be NF4 projections with LoRA as MLP takes them: {why}")
     flat, at = x.flatten(0, -2), ("gate", "up").index(name)
     low = _low(flat, gate[2], up[2]).split([gate[2].shape[0], up[2].shape[0]], 1)[at]
     packed, state, _, b, scaling = (gate, up)[at]
