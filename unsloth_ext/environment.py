@@ -19,6 +19,8 @@ PACKAGES = (
     "unsloth_zoo",
     "unsloth_ext",
     "nvidia-cudnn-frontend",
+    "flash-attn-4",
+    "xformers",
 )
 
 

@@ -12,6 +12,7 @@ from unsloth_ext.compiling import attention
 from unsloth_ext.compiling.attention import packed_attention, refusal
 from unsloth_ext.compiling.attention_cudnn import cudnn_attention
 from unsloth_ext.compiling.attention_efficient import efficient_attention
+from unsloth_ext.compiling.attention_flash4 import flash4_attention
 from unsloth_ext.compiling.attention_flex import block_masks
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +22,7 @@ BOUNDS = {torch.bfloat16: 4e-2, torch.float16: 8e-3, torch.float32: 8e-3}  # fp3
 CALLS = [
     (backend, dtype, width, window, softcap)
     for backend, dtypes, widths in (
+        ("flash4", (torch.bfloat16, torch.float16), (64, 128)),
         ("cudnn", (torch.bfloat16, torch.float16), (64, 128)),
         ("flash", (torch.bfloat16, torch.float16), (64, 128)),
         ("efficient", (torch.bfloat16, torch.float32), (64, 128)),
@@ -52,7 +54,7 @@ def test_values_and_gradients(backend, dtype, width, window, softcap):
     assert worst(found, exact(*row, cu_seqlens, **options)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient", "flex"])
+@pytest.mark.parametrize("backend", ["flash4", "cudnn", "flash", "efficient", "flex"])
 def test_one_graph_for_64_packings(backend):
     counter = CompileCounterWithBackend("inductor")
     softcap = 2.0 if backend == "flex" else None
@@ -81,7 +83,7 @@ def test_one_graph_for_64_packings(backend):
     assert worst(found, wanted) < BOUNDS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("backend", ["flash4", "cudnn", "flash", "efficient"])
 def test_empty_documents(backend):
     """What a graph appends where no token is left over."""
     lengths = [0, 70, 0, 300, 0]
@@ -92,7 +94,10 @@ def test_empty_documents(backend):
     assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.float16]
 
 
-@pytest.mark.parametrize("backend, operator", [("cudnn", cudnn_attention), ("efficient", efficient_attention)])
+@pytest.mark.parametrize(
+    "backend, operator",
+    [("flash4", flash4_attention), ("cudnn", cudnn_attention), ("efficient", efficient_attention)],
+)
 @pytest.mark.parametrize("window", [None, 100])
 def test_an_operator(backend, operator, window):
     """Its fake kernel, its schema and its gradient's registration; also for a bound above the row's length."""
@@ -109,26 +114,28 @@ def test_an_operator(backend, operator, window):
     assert worst(found, exact(*row, boundaries(lengths, "cuda"))) < BOUNDS[torch.bfloat16]
 
 
+@pytest.mark.parametrize("backend", ["flash4", "cudnn"])
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 1), (6, 2)])
 @pytest.mark.parametrize(
-    "lengths, window", [([70] * 16, None), ([300], None), ([1] * 40, 5), ([1500, 20, 0, 900], 2000)]
+    "lengths, window", [([70] * 16, None), ([300], None), ([9] * 300, None), ([1] * 40, 5), ([1500, 20, 0, 900], 2000)]
 )
-def test_cudnn_on_other_shapes(heads, kv_heads, lengths, window):
-    """As many documents as a graph has and more, one, short ones, a window wider than all; boundaries and a gradient with strides."""
+def test_other_shapes(backend, heads, kv_heads, lengths, window):
+    """As many documents as a graph of cuDNN's has and more, one, short ones, a window wider than all; boundaries and a gradient with strides."""
     row = row_on_card(lengths, torch.bfloat16, 96, heads, kv_heads)
-    if reason := refusal("cudnn", row[0]):
+    if reason := refusal(backend, row[0]):
         pytest.skip(reason)
     cu_seqlens = torch.stack([boundaries(lengths, "cuda")] * 2, 1)[:, 0]
     row = (*row[:3], torch.cat([row[3]] * 2, 2)[..., 96:])
-    found = result_and_gradients(packed_attention, *row, cu_seqlens, max(lengths), window=window, backend="cudnn")
+    found = result_and_gradients(packed_attention, *row, cu_seqlens, max(lengths), window=window, backend=backend)
     assert worst(found, exact(*row, cu_seqlens, window=window)) < BOUNDS[torch.bfloat16]
 
 
-def test_cudnn_in_threads_on_streams():
+@pytest.mark.parametrize("backend", ["flash4", "cudnn"])
+def test_in_threads_on_streams(backend):
     """Two threads, each on a stream of its own, with other shapes and so other graphs; backwards run in autograd's thread."""
     cases = [([*random_lengths(40, 90), 1500], 128), (random_lengths(9, 2000), 64)]
     rows = [row_on_card(lengths, torch.bfloat16, width) for lengths, width in cases]
-    if reason := refusal("cudnn", rows[0][0]):
+    if reason := refusal(backend, rows[0][0]):
         pytest.skip(reason)
     cu_seqlens = [boundaries(lengths, "cuda") for lengths, _ in cases]
     torch.cuda.synchronize()
@@ -137,7 +144,7 @@ def test_cudnn_in_threads_on_streams():
         with torch.cuda.stream(torch.cuda.Stream()) as _:
             for _ in range(20):
                 found = result_and_gradients(
-                    packed_attention, *rows[i], cu_seqlens[i], max(cases[i][0]), backend="cudnn"
+                    packed_attention, *rows[i], cu_seqlens[i], max(cases[i][0]), backend=backend
                 )
             torch.cuda.current_stream().synchronize()
         return found
@@ -169,7 +176,7 @@ def test_rows_with_strides():
     lengths = random_lengths(4, 300)
     row = row_on_card(lengths, torch.bfloat16, 64)
     cu_seqlens = boundaries(lengths, "cuda")
-    wanted = packed_attention(*row[:3], cu_seqlens, 384)  # cuDNN's forward too is the same twice
+    wanted = packed_attention(*row[:3], cu_seqlens, 384)  # the forwards are the same twice
     strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in row[:3]]
     assert not strided[0].is_contiguous()
     assert torch.equal(packed_attention(*strided, cu_seqlens, 384), wanted)

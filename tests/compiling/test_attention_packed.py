@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from packings import boundaries, exact, random_lengths, random_row, result_and_g
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unsloth_ext.compiling import attention, attention_cudnn, attention_exact
+from unsloth_ext.compiling import attention, attention_cudnn, attention_exact, attention_flash4
 from unsloth_ext.compiling.attention import BACKENDS, choose, packed_attention, refusal
 
 # eps of the dtype times what a sum of some hundred products loses; the largest seen in 2000 draws is under a tenth of it
@@ -102,6 +103,7 @@ def test_one_graph_for_64_packings():
 @pytest.mark.parametrize(
     "backend, dtype, operator",
     [
+        ("flash4", torch.bfloat16, "unsloth_ext.flash4_attention"),
         ("cudnn", torch.bfloat16, "unsloth_ext.cudnn_attention"),
         ("flash", torch.bfloat16, "aten._flash_attention_forward"),
         ("efficient", torch.float32, "unsloth_ext.efficient_attention"),
@@ -109,7 +111,8 @@ def test_one_graph_for_64_packings():
 )
 def test_one_graph_of_the_card_s_kernels(backend, dtype, operator, monkeypatch):
     """Traced with tensors that pretend to be on a card: grouped heads, a window, any packing, one operator."""
-    monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "")
+    for room in (attention_cudnn, attention_flash4):
+        monkeypatch.setattr(room, "lacking", lambda index: "")
     graphs = []
 
     def keep(graph, inputs):
@@ -148,32 +151,41 @@ def test_the_choice(monkeypatch):
             choose(torch.empty(4, 2, 64, dtype=torch.float64, device="cuda"))
 
 
-def test_the_choice_where_cudnn_can_be_had(monkeypatch):
+@pytest.mark.parametrize("name", ["flash4", "cudnn"])
+def test_the_choice_where_it_can_be_had(monkeypatch, name):
+    rooms = {"flash4": attention_flash4, "cudnn": attention_cudnn}
     with FakeTensorMode():
         queries = [torch.empty(4, 2, width, dtype=dtype, device="cuda") for dtype, width in (
             (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 256), (torch.float32, 64))]  # fmt: skip
         huge = torch.empty(2**17, 128, 128, dtype=torch.bfloat16, device="cuda")
-        monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "")
-        assert [choose(query) for query in queries] == ["cudnn", "cudnn", "flash", "efficient"]
+        for backend, room in rooms.items():
+            monkeypatch.setattr(room, "lacking", lambda index, backend=backend: "" if backend == name else "not here")
+        assert [choose(query) for query in queries] == [name, name, "flash", "efficient"]
         assert choose(huge) == "flash"
         assert choose(queries[0], softcap=2.0) == "flex"
         odd = torch.empty(4, 2, 72, dtype=torch.bfloat16, device="cuda")
-        assert "multiples of 16" in refusal("cudnn", odd) and choose(odd) == "flash"
+        assert "multiples of 16" in refusal(name, odd) and choose(odd) == "flash"
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3")
         assert choose(queries[0]) == "flash"
-        monkeypatch.setattr(attention, "PREFERRED", ("cudnn",))
-        assert choose(queries[0]) == "cudnn"
+        monkeypatch.setattr(attention, "PREFERRED", (name,))
+        assert choose(queries[0]) == name
         torch.use_deterministic_algorithms(True)
         try:
-            assert "deterministic" in refusal("cudnn", queries[0])
+            assert "deterministic" in refusal(name, queries[0])
         finally:
             torch.use_deterministic_algorithms(False)
+        monkeypatch.setattr(rooms["cudnn"], "lacking", lambda index: "")
+        monkeypatch.setattr(attention, "PREFERRED", attention._preferred(""))
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+        assert choose(queries[0]) == name  # the first of both
 
 
 def test_what_auto_tries_can_be_named():
-    assert attention._preferred("") == ("cudnn", "flash", "efficient", "flex")
+    assert attention._preferred("") == ("flash4", "cudnn", "flash", "efficient", "flex")
     assert attention._preferred("flash, efficient") == ("flash", "efficient")
-    with pytest.raises(ValueError, match="UNSLOTH_EXT_PACKED_ATTENTION=flash,fa3: there are cudnn, .*, not fa3"):
+    with pytest.raises(
+        ValueError, match="UNSLOTH_EXT_PACKED_ATTENTION=flash,fa3: there are flash4, cudnn, .*, not fa3"
+    ):
         attention._preferred("flash,fa3")
 
 
@@ -189,6 +201,36 @@ def test_where_cudnn_cannot_be_had(monkeypatch, capability, installed):
     assert ("Hopper" if capability != (9, 0) else "nvidia-cudnn-frontend") in why
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert attention_cudnn.lacking.__wrapped__(None) == "there is no NVIDIA card"
+
+
+@pytest.mark.parametrize(
+    "capability, interface, why",
+    [
+        ((8, 0), None, "Hopper"),
+        ((10, 0), None, "Hopper"),
+        ((9, 0), None, "it needs flash-attn-4"),
+        ((9, 0), {}, "it needs flash-attn-4 .*_flash_attn_fwd"),
+        (
+            (9, 0),
+            {"_flash_attn_fwd": lambda q, k, v: 1, "_flash_attn_bwd": 2},
+            "this version's .* has no causal, cu_seqlens_k",
+        ),
+    ],
+)
+def test_where_flash_attention_4_cannot_be_had(monkeypatch, capability, interface, why):
+    for name, value in (("device_count", lambda: 1), ("get_device_capability", lambda index: capability)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    attention_flash4._kernels.cache_clear()
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, None if interface is None else ModuleType(name))
+    if interface is not None:
+        for name, value in interface.items():
+            setattr(sys.modules["flash_attn.cute.interface"], name, value)
+        sys.modules["flash_attn.cute"].interface = sys.modules["flash_attn.cute.interface"]
+    assert re.search(why, attention_flash4.lacking.__wrapped__(None))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert attention_flash4.lacking.__wrapped__(None) == "there is no NVIDIA card"
 
 
 def test_kinds_of_cudnn_graphs_are_few():

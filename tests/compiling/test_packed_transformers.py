@@ -198,7 +198,7 @@ def test_taking_it_out():
 
 def test_refusals():
     with pytest.raises(
-        ValueError, match="backend must be auto or one of cudnn, flash, efficient, flex, exact, got 'sdpa'"
+        ValueError, match="backend must be auto or one of flash4, cudnn, flash, efficient, flex, exact, got 'sdpa'"
     ):
         register("sdpa")
     with pytest.raises(TypeError, match="needs a transformers model, got Linear"):

@@ -76,7 +76,7 @@ def test_nothing_is_written_beside_the_result(transposed):
 def test_the_bits_do_not_depend_on_the_number_of_rows():
     xs, weights = pairs(8192, 2048, (512, 16), True)
     whole = sum_of_products(xs, weights)
-    for rows in (4096, 4196, 7000):
+    for rows in (4096, 7000, 8100):
         part = [x[:rows] for x in xs]
         kernel_of(part, weights, True)
         assert torch.equal(sum_of_products(part, weights), whole[:rows])

@@ -1,14 +1,16 @@
 """Attention over packed documents, in a graph that does not depend on how they were packed: `packed_attention`.
 
 A packed row is described by two things, both computed once a batch and outside the layers (`packed.py`): the boundaries
-`cu_seqlens` and a bound of the longest document. Both are graph inputs, so 64 packings are one graph. Five backends:
+`cu_seqlens` and a bound of the longest document. Both are graph inputs, so 64 packings are one graph. Six backends:
 
+- "flash4": FlashAttention 4's, where the package flash-attn-4 is installed (`attention_flash4.py`): the quickest on an H200. fp16 and
+  bf16, head sizes to 128, Hopper; no softcap, not deterministic.
 - "cudnn": cuDNN's ragged kernels by NVIDIA's cudnn-frontend, where that is installed (`attention_cudnn.py`): quicker than flash attention 2
   on an H200. fp16 and bf16, head sizes to 128, Hopper and data-center Blackwell; no softcap, not deterministic.
 - "flash": aten's variable-length flash kernel, called as the native operator that it is. It takes grouped key and value heads
   on every torch served (torch 2.11's `varlen_attn` refuses them above it), has a C++ backward, and costs none of the 37
   microseconds that a Python operator costs. fp16 and bf16, head sizes to 256, Ampere or newer; no softcap.
-  `torch.nn.attention.activate_flash_attention_impl` swaps FlashAttention 3 or 4 in under it; "auto" takes that before cuDNN.
+  `torch.nn.attention.activate_flash_attention_impl` swaps FlashAttention 3 or 4 in under it; "auto" takes that before the two above.
 - "efficient": aten's memory-efficient kernel over the same boundaries (`attention_efficient.py`): older cards (a T4), fp32,
   head sizes to 512.
 - "flex": torch's flex attention with block masks made from the boundaries (`attention_flex.py`). Softcap, any dtype.
@@ -24,7 +26,7 @@ import os
 
 import torch
 
-BACKENDS = ("cudnn", "flash", "efficient", "flex", "exact")
+BACKENDS = ("flash4", "cudnn", "flash", "efficient", "flex", "exact")
 
 _SWITCH = "UNSLOTH_EXT_PACKED_ATTENTION"
 
@@ -33,7 +35,7 @@ def _preferred(named: str) -> tuple[str, ...]:
     backends = tuple(filter(None, (name.strip() for name in named.split(","))))
     if unknown := [name for name in backends if name not in BACKENDS]:
         raise ValueError(f"{_SWITCH}={named}: there are {', '.join(BACKENDS)}, not {', '.join(unknown)}")
-    return backends or ("cudnn", "flash", "efficient", "flex")
+    return backends or ("flash4", "cudnn", "flash", "efficient", "flex")
 
 
 PREFERRED = _preferred(os.environ.get(_SWITCH, ""))  # what "auto" tries, in this order
@@ -73,6 +75,10 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "flash":
         return _flash(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    if backend == "flash4":
+        from .attention_flash4 import flash4_attention
+
+        return flash4_attention(query, key, value, cu_seqlens, max_seqlen, scale, window)[0]
     if backend == "cudnn":
         from .attention_cudnn import cudnn_attention
 
@@ -99,7 +105,7 @@ def choose(query: torch.Tensor, softcap: float | None = None) -> str:
         return "exact"
     reasons = {}
     for backend in PREFERRED:
-        if backend == "cudnn" and "flash" in PREFERRED and _another_flash():
+        if backend in ("flash4", "cudnn") and "flash" in PREFERRED and _another_flash():
             continue
         reason = refusal(backend, query, softcap)
         if not reason:
@@ -133,14 +139,14 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
         return "" if width <= 512 else f"head sizes to 512, this is {width}"
     if not half:
         return f"fp16 or bf16, not {query.dtype}"
-    if backend == "cudnn":
+    if backend in ("flash4", "cudnn"):
         if width % 16 or width > 128:
             return f"head sizes to 128, multiples of 16, this is {width}"
         if query.numel() >= _INT32:
-            return "its offsets are int32, the query has 2**31 elements or more"
+            return "the query has 2**31 elements or more"  # cuDNN's offsets are int32
         if torch.are_deterministic_algorithms_enabled():
-            return "its deterministic backward takes memory for every pair of tokens"
-        return _lacking(query.device.index)
+            return "its backward is not deterministic"  # cuDNN has one, with memory for every pair of tokens
+        return _lacking(backend, query.device.index)
     if width > 256:
         return f"head sizes to 256, this is {width}"
     return "it needs Ampere or newer, this card is older" if _too_old(query.device.index) else ""
@@ -160,10 +166,10 @@ def _another_flash() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _lacking(index: int | None) -> str:
-    from .attention_cudnn import lacking
+def _lacking(backend: str, index: int | None) -> str:
+    from . import attention_cudnn, attention_flash4
 
-    return lacking(index)
+    return {"cudnn": attention_cudnn, "flash4": attention_flash4}[backend].lacking(index)
 
 
 def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):
@@ -192,11 +198,12 @@ def _flash_call(query, key, value, cu_seqlens, max_seqlen, scale, window):
         max_seqlen,
         max_seqlen,
         0.0,
-        False,  # causal by the window: nothing to the right, everything or window - 1 to the left
+        window
+        is None,  # else causal by the window: nothing to the right (FlashAttention 4 under aten refuses one of no end)
         False,
         scale=scale,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
     )[0]
 
 

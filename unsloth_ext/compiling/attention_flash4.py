@@ -1,0 +1,145 @@
+"""Packed attention by FlashAttention 4's variable-length kernels, from the package flash-attn-4: `unsloth_ext::flash4_attention`.
+
+On an H200 they take five sixths of the time of cuDNN's and little more than half of flash attention 2's (benchmarks/NOTES.md), and they sum
+the gradients of grouped key heads in fp32. They are written in CuTe DSL and compiled when first called: some six seconds to import, six
+more for a forward and its backward.
+
+The package is a beta: its functions are called by the names of their arguments, a version whose signature is another is not taken, nor
+one whose first results differ from attention computed in fp32. torch's own way to it, `activate_flash_attention_impl("FA4")`, unpacks two
+results in torch 2.11 where it now returns five, and refuses windows in the backward.
+
+FlashAttention: https://github.com/Dao-AILab/flash-attention, folder flash_attn/cute (BSD-3-Clause).
+"""
+
+# no `from __future__ import annotations`: torch.library reads these annotations
+import functools
+import inspect
+import logging
+import warnings
+
+import torch
+
+from .attention_gradients import differentiable
+
+_log = logging.getLogger(__name__)
+_NAMES = {"softmax_scale", "causal", "window_size_left", "window_size_right"}
+_SIDES = {name: (f"{name}_q", f"{name}_k") for name in ("cu_seqlens", "max_seqlen")}
+_NEAR = 2e-2  # of the largest value, bf16: what a first result may be off
+
+
+@functools.cache
+def lacking(index: int | None) -> str:
+    """Why flash-attn-4 cannot be had on card `index`; "" where it can. It is asked by a forward and a backward, once a process; where it is
+    installed and does not do that, or wrongly, the log says so."""
+    if torch.cuda.device_count() == 0 or torch.version.hip is not None:
+        return "there is no NVIDIA card"
+    if torch.cuda.get_device_capability(index)[0] != 9:
+        return "it was measured on Hopper only"
+    try:
+        _kernels()
+    except Exception as error:  # a package of its many is missing, or another one has its name
+        return f"it needs flash-attn-4 ({' '.join(str(error).split())[:200]})"
+    try:
+        _try(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    except torch.OutOfMemoryError:  # says nothing about it
+        raise
+    except Exception as error:
+        why = f"flash-attn-4 does not do it ({' '.join(str(error).split())[:200]})"
+        _log.warning("unsloth_ext: packed attention is left to other kernels: %s", why)
+        return why
+    return ""
+
+
+@torch.library.custom_op("unsloth_ext::flash4_attention", mutates_args=(), device_types="cuda")
+def flash4_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [T, H, D], key and value [T, H_kv, D], cu_seqlens [n + 1] int32 from 0 to T -> [T, H, D] and the log-sum-exp [H, T] in
+    fp32."""
+    if query.shape[0] == 0:
+        return torch.empty_like(query), query.new_empty((query.shape[1], 0), dtype=torch.float32)
+    forward, _ = _kernels()
+    found = _call(forward, (query, key, value), cu_seqlens, max_seqlen, scale, window, return_lse=True)
+    return found[0], found[1]
+
+
+@flash4_attention.register_fake
+def _(query, key, value, cu_seqlens, max_seqlen, scale, window):
+    return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("unsloth_ext::flash4_attention_backward", mutates_args=(), device_types="cuda")
+def flash4_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of query, key and value, in their dtypes and contiguous."""
+    if query.shape[0] == 0:
+        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
+    _, backward = _kernels()
+    found = _call(backward, (query, key, value, out, grad, logsumexp), cu_seqlens, max_seqlen, scale, window)
+    return found[0], found[1], found[2]
+
+
+differentiable(flash4_attention, flash4_attention_backward)
+
+
+@functools.cache
+def _kernels():
+    """(the forward, the backward) of flash-attn-4. Raises ImportError, or whatever its import raises, where they cannot be had."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from flash_attn.cute import interface
+    found = interface._flash_attn_fwd, interface._flash_attn_bwd
+    for function, more in zip(found, ({"return_lse"}, set()), strict=True):
+        if unknown := sorted(_NAMES.union(more, *_SIDES.values()) - set(inspect.signature(function).parameters)):
+            raise ImportError(f"this version's {function.__name__} has no {', '.join(unknown)}")
+    return found
+
+
+def _call(function, tensors, cu_seqlens, max_seqlen, scale, window, **more):
+    query, longest = tensors[0], min(max_seqlen, tensors[0].shape[0])
+    left = None if window is None or window >= longest else window - 1
+    for name, given in (("cu_seqlens", cu_seqlens.contiguous()), ("max_seqlen", longest)):
+        more |= dict.fromkeys(_SIDES[name], given)
+    with torch.cuda.device(query.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuTe DSL's, while it compiles
+        return function(
+            *(tensor.contiguous() for tensor in tensors), softmax_scale=scale, causal=left is None,
+            window_size_left=left, window_size_right=None if left is None else 0, **more,
+        )  # fmt: skip
+
+
+def _try(device: torch.device) -> None:
+    """Raises RuntimeError if a forward and a backward do not give what fp32 gives."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from .attention_exact import packed_attention, packed_attention_backward
+
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator(device).manual_seed(0)  # leaves the user's random state alone
+        row = [torch.randn(400, heads, 128, device=device, generator=generator).bfloat16() for heads in (8, 2, 2, 8)]
+        ends = torch.tensor([0, 150, 400], dtype=torch.int32, device=device)
+        rest = 128**-0.5, None
+        out, logsumexp = flash4_attention(*row[:3], ends, 250, *rest)
+        found = out, *flash4_attention_backward(row[3], *row[:3], out, logsumexp, ends, 250, *rest)
+        exact = packed_attention(*row[:3], ends, *rest, None)
+        wanted = exact[0], *packed_attention_backward(row[3], *row[:3], *exact, ends, *rest, None)
+        for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+            off = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+            if not off < _NEAR:
+                raise RuntimeError(f"its first {name} was off by {off:.1e}")
