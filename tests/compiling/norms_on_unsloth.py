@@ -23,7 +23,7 @@ from unsloth.models import _block_compile, llama
 sys.path.insert(0, str(Path(__file__).parent))
 from memory_models import assert_equal, hold, model_of, tokens_of, trained
 
-from unsloth_ext.compiling import norms_fusion, recompute
+from unsloth_ext.compiling import graph_passes, norms_fusion, recompute
 from unsloth_ext.compiling import norms_kernel as kernel
 from unsloth_ext.compiling.memory_controller import memory_budget
 from unsloth_ext.compiling.norms_operators import rms_norm
@@ -276,5 +276,5 @@ if __name__ == "__main__":
     unsloth_ext.disable("compiling.norms", "compiling.fused_norms")
     found["restored"] = theirs.fast_rms_layernorm is llama.fast_rms_layernorm
     found["restored"] &= not hasattr(llama.fast_rms_layernorm, "__wrapped__")
-    found["restored"] &= norms_fusion.ENTRY not in _block_compile._COMPILE_OPTIONS
+    found["restored"] &= graph_passes.ENTRY not in _block_compile._COMPILE_OPTIONS
     print(json.dumps(found))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unsloth_ext.compiling import norms_fusion
+from unsloth_ext.compiling import graph_passes, norms_fusion, small_kernels
 from unsloth_ext.compiling import norms_operators as operators
 from unsloth_ext.compiling.norms_patch import PATCHES, _in_graphs, _in_layers
 from unsloth_ext.patching import NotHere
@@ -129,7 +129,7 @@ def taken(monkeypatch):
 
 def compiled(function, **options):
     return torch.compile(
-        function, fullgraph=True, dynamic=True, options=options | {norms_fusion.ENTRY: norms_fusion.pass_over_graphs}
+        function, fullgraph=True, dynamic=True, options=options | {graph_passes.ENTRY: graph_passes.pass_over_graphs}
     )
 
 
@@ -227,16 +227,17 @@ def test_what_the_pass_takes():
 def test_the_pass_names_itself_for_the_cache():
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    assert isinstance(norms_fusion.pass_over_graphs, CustomGraphPass)
-    assert norms_fusion.pass_over_graphs.uuid() == type(norms_fusion.pass_over_graphs)().uuid() is not None
+    assert isinstance(graph_passes.pass_over_graphs, CustomGraphPass)
+    assert graph_passes.pass_over_graphs.uuid() == type(graph_passes.pass_over_graphs)().uuid() is not None
 
 
 def test_compile_model_has_it_unless_somebody_else_has_set_it(monkeypatch):
-    from unsloth_ext.compiling.compiled_model import _fusing
-
-    assert _fusing() == {norms_fusion.ENTRY: norms_fusion.pass_over_graphs}
-    with torch._inductor.config.patch({norms_fusion.ENTRY: lambda graph: None}):
-        assert _fusing() == {}
+    ours = graph_passes.options()
+    assert ours[graph_passes.ENTRY] is graph_passes.pass_over_graphs
+    assert ours[small_kernels.ENTRY] is small_kernels.together and len(ours) == 3
+    for entry in (graph_passes.ENTRY, small_kernels.ENTRY):
+        with torch._inductor.config.patch({entry: lambda given: None}):
+            assert entry not in graph_passes.options() and graph_passes.options().items() <= ours.items()
 
 
 INTERPRETED = """
@@ -349,11 +350,11 @@ def test_the_switch(monkeypatch):
             with pytest.raises(NotHere, match="FUSED_NORMS=1"):
                 patch.changes(module, None)
     monkeypatch.setenv("UNSLOTH_EXT_FUSED_NORMS", "1")
-    assert len(_in_graphs(norms, None)) == len(_in_layers(blocks, None)) == 1
+    assert len(_in_graphs(norms, None)) == 1 and len(_in_layers(blocks, None)) == len(graph_passes.options())
     with pytest.raises(NotHere, match="does not trace"):
         _in_graphs(types.SimpleNamespace(_TRACEABLE=False), None)
     with pytest.raises(NotHere, match="somebody else"):
-        _in_layers(types.SimpleNamespace(_COMPILE_OPTIONS={norms_fusion.ENTRY: print}), None)
+        _in_layers(types.SimpleNamespace(_COMPILE_OPTIONS={graph_passes.ENTRY: print}), None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card=None: (9, 0))
     norms._settings = lambda width, card: (0, 0) if width == 512 else _settings_of_ours(width, card)

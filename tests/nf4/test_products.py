@@ -15,8 +15,10 @@ def pairs(rows, columns, widths, transposed=True, dtype=torch.bfloat16):
     return xs, [torch.randn(*((columns, n) if transposed else (n, columns))).to(dtype) for n in widths]
 
 
-def exact(xs, weights, transposed):
-    return sum(x.double() @ (w.double().t() if transposed else w.double()) for x, w in zip(xs, weights, strict=True))
+def exact(xs, weights, transposed, onto=None):
+    return (0 if onto is None else onto.double()) + sum(
+        x.double() @ (w.double().t() if transposed else w.double()) for x, w in zip(xs, weights, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -29,6 +31,12 @@ def test_values(dtype, transposed, widths):
     assert found.shape == (7, 40) and found.dtype == dtype and found.is_contiguous()
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < 2 * len(widths) * torch.finfo(dtype).eps
     torch.library.opcheck(torch.ops.unsloth_ext.sum_of_products.default, (xs, weights, transposed))
+    onto = torch.randn(7, 40).to(dtype)
+    before, found = onto.clone(), sum_of_products(xs, weights, transposed, onto)
+    wanted = exact(xs, weights, transposed, onto)
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() < 2 * len(widths) * torch.finfo(dtype).eps
+    assert torch.equal(onto, before) and found.is_contiguous()
+    torch.library.opcheck(torch.ops.unsloth_ext.sum_of_products.default, (xs, weights, transposed, onto))
 
 
 def test_one_node_for_all_lengths():
@@ -51,6 +59,7 @@ def test_one_node_for_all_lengths():
         (lambda xs, ws: (xs, [ws[0].t(), ws[1]]), r"an input \[5, 32\] and its weight \[32, 16\] do not fit"),
         (lambda xs, ws: (xs, [ws[0], ws[1][:9]]), "the weights give 16 and 9 columns"),
         (lambda xs, ws: (xs, [ws[0], ws[1].float()]), "must be of one dtype and on one device"),
+        (lambda xs, ws: (xs, ws, True, xs[0]), r"the sum goes onto must be \[5, 16\] as the inputs are, got \[5, 32\]"),
     ],
 )
 def test_bad_input(change, why):
@@ -73,11 +82,14 @@ def test_who_is_asked_for_a_kernel(monkeypatch):
     monkeypatch.setattr(products_hopper, "_kernel", lambda *key: key)
     products_hopper._fills.cache_clear()
 
-    def asked(rows=4096, columns=4096, widths=(64, 8), dtype=torch.bfloat16):
+    def asked(rows=4096, columns=4096, widths=(64, 8), dtype=torch.bfloat16, onto=None):
         xs, weights = pairs(rows, columns, widths, dtype=dtype)
-        return products_hopper.kernel_for(xs, weights, True, columns)
+        return products_hopper.kernel_for(xs, weights, True, columns, onto)
 
     assert asked() == (None, torch.bfloat16, True) and asked(dtype=torch.float16) and asked(widths=(64, 3, 5, 16))
+    onto = torch.zeros(4096, 4104, dtype=torch.bfloat16)
+    assert asked(onto=onto[:, 8:]) and asked(widths=(64,), onto=onto[:, :4096])
+    assert asked(widths=(8,) * 4, onto=onto[:, 8:]) is asked(onto=onto[:, 4:4100]) is None
     no = (
         asked(dtype=torch.float32),
         asked(widths=(64,)),
@@ -133,11 +145,16 @@ def test_which_results_fill_the_card(monkeypatch):
 def test_the_argument_is_laid_out_as_the_kernel_has_it():
     assert (
         struct.calcsize(products_hopper._PROBLEM) == 19 * 64
-    )  # 9 maps, 6 ints, up to a multiple of the maps' alignment
+    )  # 9 maps, 7 ints, up to a multiple of the maps' alignment
     text = matmul_nvrtc.source("sum_of_products")
     numbers = f"STAGES = {products_hopper._STAGES}, SEGMENTS = {products_hopper.SEGMENTS}, BM = {products_hopper._BM}, "
     assert f"{numbers}BN = {products_hopper._BN}, BK = {products_hopper._BK}," in text
-    assert "Map x[SEGMENTS], w[SEGMENTS], y;" in text and products_hopper._SHARED <= 232448
+    assert (
+        "Map x[SEGMENTS], w[SEGMENTS], y;" in text
+        and "int M, N;" in text
+        and "int added;" in text
+        and products_hopper._SHARED <= 232448
+    )
 
 
 @pytest.mark.parametrize("macros", [{"WT": 1}, {"WT": 0}, {"WT": 1, "FP16": 1}])

@@ -62,6 +62,25 @@ def test_values(dtype, transposed, rows, columns, widths, around):
     assert torch.equal(found, sum_of_products(xs, weights, transposed))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(8191, 2040), (4096, 4096), (2300, 14088)])
+def test_onto_something(dtype, transposed, rows, columns):
+    xs, weights = pairs(rows, columns, (264, 16), transposed, dtype, 8)
+    onto = matrix(rows, columns, dtype, 8).mul_(64)
+    wanted = onto.double() + sum(
+        x.double() @ (w.double().t() if transposed else w.double()) for x, w in zip(xs, weights, strict=True)
+    )
+    assert products_hopper.kernel_for(xs, weights, transposed, columns, onto) is not None
+    found, near = (
+        sum_of_products(xs, weights, transposed, onto),
+        ((wanted.to(dtype) - wanted).norm() / wanted.norm()).item(),
+    )
+    assert ((found.double() - wanted).norm() / wanted.norm()).item() <= 1.02 * near  # rounded once
+    alone = sum_of_products([torch.zeros_like(x) for x in xs], weights, transposed, onto)
+    assert torch.equal(alone, onto)  # the identity changes no bit
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 def test_nothing_is_written_beside_the_result(transposed):
     xs, weights = pairs(2047, 4088, (72, 16), transposed)

@@ -27,6 +27,7 @@ import torch
 
 from ..errors import Refused, UsageError
 from . import cuda_graphs as recording
+from . import graph_passes
 from .compile_failure import compiler_errors, explain, short_operators
 from .compile_report import CompileReport, Ledger
 from .constant_outputs import constants_among_outputs
@@ -155,7 +156,7 @@ def compile_model(
         """(the region, with cuda_graphs the region recorded): each is compiled when it is first called."""
         if backend != "inductor":
             return (one_region(function, name, torch._dynamo.lookup_backend(backend)),)
-        kinds = {name: OPTIONS | _fusing() | (options or {})}
+        kinds = {name: OPTIONS | graph_passes.options() | (options or {})}
         if cuda_graphs:
             kinds[f"{name}, recorded"] = kinds[name] | recording.OPTIONS
         return tuple(
@@ -186,7 +187,12 @@ def compile_model(
             if shared_layers and backend == "inductor" and fullgraph and not cuda_graphs and len(layers) > 1:
                 plain = {kind: _plain_forward(kind) for kind in dict.fromkeys(map(type, layers))}
                 compiled._shared = SharedLayers(
-                    layers, plain, OPTIONS | _fusing() | (options or {}), dynamic, alone, lambda: _checkpointed(model)
+                    layers,
+                    plain,
+                    OPTIONS | graph_passes.options() | (options or {}),
+                    dynamic,
+                    alone,
+                    lambda: _checkpointed(model),
                 )
             compiled._replace(model, _step(model, inner, own, named, run, ledger, graphs, compiled._shared))
         else:
@@ -254,15 +260,6 @@ def _sizes_are_fixed(layer: torch.nn.Module) -> None:
                 if isinstance(tensor, torch.Tensor):
                     torch._dynamo.mark_static(tensor)
             state = getattr(state, "state2", None)
-
-
-def _fusing() -> dict[str, Any]:
-    """Inductor's option for norms that take the additions beside them along; nothing where somebody has set it."""
-    from torch._inductor import config
-
-    from .norms_fusion import ENTRY, pass_over_graphs
-
-    return {ENTRY: pass_over_graphs} if getattr(config, ENTRY) is None else {}
 
 
 def _own_code(function: Callable) -> Callable:

@@ -3,8 +3,8 @@
     add -> rms_norm                     becomes   add_rms_norm, whose sum everyone else reads too
     rms_norm_backward -> add            becomes   rms_norm_backward_add
 
-The pass is Inductor's own entry for such (`post_grad_custom_pre_pass`): it runs on the graphs of the forward and of the backward once
-autograd is through with them. Graphs without our operators are left as they are.
+It runs on the graphs of the forward and of the backward once autograd is through with them (graph_passes.py). Graphs without our
+operators are left as they are.
 
 The results keep their bits. So an addition is only taken where Inductor, too, would have read and written memory: two contiguous tensors
 of one shape and one 16-bit dtype, neither of them the result of pointwise operations, which Inductor would fuse with the addition
@@ -16,16 +16,15 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node, map_arg
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .norms_operators import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_backward_add
 
-__all__ = ["fuse", "pass_over_graphs"]
+__all__ = ["VIEWS", "call", "erase_unused", "fuse", "in_memory", "is_addition"]
 
 _aten = torch.ops.aten
-_VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
+VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 
 
@@ -43,27 +42,27 @@ def fuse(graph: Graph) -> int:
 def _take_addition_before(graph: Graph, norm: Node, place: dict[Node, int]) -> bool:
     x, weight, eps = norm.args
     views, add = [], x
-    while add.target in _VIEWS:
+    while add.target in VIEWS:
         views.append(add)
         add = add.args[0]
-    if not _is_addition(add) or not all(map(_in_memory, add.args)):
+    if not is_addition(add) or not all(map(in_memory, add.args)):
         return False
     if add not in place or place.get(weight, place[add]) >= place[add]:
         return False  # nothing is moved: the weight must be there when the sum is made
     if any(user.target is not operator.getitem for user in norm.users):
         return False
     with graph.inserting_before(add):
-        both = _call(graph, add_rms_norm, (*add.args, weight, eps), norm)
-        total, y, rstd = (_call(graph, operator.getitem, (both, index), norm) for index in range(3))
+        both = call(graph, add_rms_norm, (*add.args, weight, eps), norm)
+        total, y, rstd = (call(graph, operator.getitem, (both, index), norm) for index in range(3))
     with graph.inserting_before(norm):
         for view in reversed(views):
-            y = _call(graph, view.target, (y, *view.args[1:]), norm)
+            y = call(graph, view.target, (y, *view.args[1:]), norm)
     for part in list(norm.users):
         part.replace_all_uses_with((y, rstd)[part.args[1]])
         graph.erase_node(part)
     graph.erase_node(norm)
     add.replace_all_uses_with(total)
-    _erase_unused(graph, [*views, add])
+    erase_unused(graph, [*views, add])
     return True
 
 
@@ -73,23 +72,23 @@ def _take_addition_after(graph: Graph, backward: Node) -> bool:
         if len(add.users) != 1:
             return False  # somebody else reads dx
         (add,) = add.users
-        if add.target not in _VIEWS:
+        if add.target not in VIEWS:
             break
         views.append(add)
     last = views[-1] if views else backward
-    if not _is_addition(add) or add.args.count(last) != 1:
+    if not is_addition(add) or add.args.count(last) != 1:
         return False
     (other,) = (one for one in add.args if one is not last)
-    if not _in_memory(other) or not _is_read_from_memory(add):
+    if not in_memory(other) or not _is_read_from_memory(add):
         return False
     with graph.inserting_before(add):
-        both = _call(graph, rms_norm_backward_add, (*backward.args, other), add)
+        both = call(graph, rms_norm_backward_add, (*backward.args, other), add)
     add.replace_all_uses_with(both)
-    _erase_unused(graph, [add, *reversed(views), backward])
+    erase_unused(graph, [add, *reversed(views), backward])
     return True
 
 
-def _is_addition(node: Node) -> bool:
+def is_addition(node: Node) -> bool:
     """Of two tensors of one shape and one 16-bit dtype, contiguous, nothing scaled."""
     if node.op != "call_function" or node.target is not _aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
         return False
@@ -118,14 +117,14 @@ def _same(shape, other) -> bool:
     return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))
 
 
-def _in_memory(node: Node) -> bool:
+def in_memory(node: Node) -> bool:
     """Whether Inductor would read this, instead of computing it in the kernel that does the addition."""
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.args[0]
-    return _is_made_in_memory(node) or _is_read_from_memory(node)
+    return _is_madein_memory(node) or _is_read_from_memory(node)
 
 
-def _is_made_in_memory(node: Node) -> bool:
+def _is_madein_memory(node: Node) -> bool:
     if node.op != "call_function":
         return True
     if node.target is operator.getitem or node.target in _PRODUCTS:
@@ -138,33 +137,21 @@ def _is_read_from_memory(node: Node) -> bool:
     users = list(node.users)
     while users:
         user = users.pop()
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             users += user.users
-        elif _is_made_in_memory(user) and user.target is not operator.getitem:
+        elif _is_madein_memory(user) and user.target is not operator.getitem:
             return True
     return False
 
 
-def _call(graph: Graph, target, args, like: Node) -> Node:
+def call(graph: Graph, target, args, like: Node) -> Node:
     node = graph.call_function(target, args)
     node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
     node.meta["val"] = target(*map_arg(args, lambda one: one.meta["val"]))
     return node
 
 
-def _erase_unused(graph: Graph, nodes: list[Node]) -> None:
+def erase_unused(graph: Graph, nodes: list[Node]) -> None:
     for node in nodes:
         if not node.users:
             graph.erase_node(node)
-
-
-class _Pass(CustomGraphPass):
-    def __call__(self, graph: Graph) -> None:
-        fuse(graph)
-
-    def uuid(self):
-        return get_hash_for_files((__file__,))
-
-
-pass_over_graphs = _Pass()
-ENTRY = "post_grad_custom_pre_pass"

@@ -1,7 +1,7 @@
 """What the room changes in Unsloth's RMS norms: in a graph they are operators that can take the addition beside them along.
 
 `fast_rms_layernorm` chooses while a graph is traced; outside of one, and for what `norms_operators.refusal` names, Gemma's form or a
-trained weight, it is Unsloth's own, with the same bits. Inductor's pass that joins norms and additions (norms_fusion.py) goes into the
+trained weight, it is Unsloth's own, with the same bits. Inductor's passes that join norms and additions, and small kernels (graph_passes.py), go into the
 options with which Unsloth compiles its layers; `compile_model` has it too. On by itself on Hopper, with UNSLOTH_EXT_FUSED_NORMS=1 elsewhere.
 """
 
@@ -60,13 +60,16 @@ def _stand_in(original):
 
 def _in_layers(module, target):
     refuse_where_not_measured(_SWITCH)
-    from torch._inductor import config
+    from .graph_passes import ENTRY, options
 
-    from .norms_fusion import ENTRY, pass_over_graphs
-
-    if getattr(config, ENTRY) is not None or ENTRY in module._COMPILE_OPTIONS:
+    ours = options()
+    if ENTRY not in ours or ENTRY in module._COMPILE_OPTIONS:
         raise NotHere(f"somebody else has set Inductor's {ENTRY}")
-    return [SetItem(module._COMPILE_OPTIONS, ENTRY, pass_over_graphs)]
+    return [
+        SetItem(module._COMPILE_OPTIONS, name, value)
+        for name, value in ours.items()
+        if name not in module._COMPILE_OPTIONS
+    ]
 
 
 PATCHES = (

@@ -26,20 +26,20 @@ _NARROW = 128  # columns, of what LoRA adds: a copy of it is no cost
 _BUSY = 0.8  # of what the programs multiply: where tiles leave more of it empty, cuBLAS has better ones
 _DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _MAP, _ZEROS = 128, bytes(128)  # bytes of a CUtensorMap
-_PROBLEM = f"{_MAP}s" * (2 * SEGMENTS + 1) + f"{SEGMENTS}i2i40x"
+_PROBLEM = f"{_MAP}s" * (2 * SEGMENTS + 1) + f"{SEGMENTS}i3i36x"
 _loading = threading.Lock()
 
 
-def kernel_for(xs, weights, transposed: bool, columns: int):
-    """kernel(xs, weights, y) that writes the sum into y, or None where the products are to be added one by one."""
-    x = xs[0]
-    if not 1 < len(xs) <= SEGMENTS or x.dtype not in _DTYPES or not _is_hopper(x.device.index):
+def kernel_for(xs, weights, transposed: bool, columns: int, onto: torch.Tensor | None = None):
+    """kernel(xs, weights, y, onto) that writes the sum into y, or None where the products are to be added one by one."""
+    x, summands = xs[0], (*xs, *([] if onto is None else [onto]))
+    if not 1 < len(summands) <= SEGMENTS or x.dtype not in _DTYPES or not _is_hopper(x.device.index):
         return None
     if not x.shape[0] or not columns or any(not one.shape[1] for one in xs):  # nothing has no map
         return None
     if not _fills(x.shape[0], columns, x.device.index) or columns % 8:
         return None
-    if not all(t.shape[1] <= _NARROW or _has_map(t) for t in (*xs, *weights)):
+    if not all(t.shape[1] <= _NARROW or _has_map(t) for t in (*summands, *weights)):
         return None
     return _kernel(x.device.index, x.dtype, transposed)
 
@@ -91,7 +91,7 @@ def _map(address: int, rows: int, columns: int, pitch: int, box_rows: int, dtype
 
 
 class _Kernel:
-    """kernel(xs, weights, y): y = the sum. To be made, and tried with `check`, with its device as the current one."""
+    """kernel(xs, weights, y, onto): y = the sum, on top of `onto`. To be made, and tried with `check`, with its device as the current one."""
 
     def __init__(self, index: int, dtype: torch.dtype, transposed: bool):
         macros = {"WT": int(transposed)} | ({"FP16": 1} if dtype == torch.float16 else {})
@@ -109,6 +109,7 @@ class _Kernel:
         if not found.value:
             raise RuntimeError("no cluster of two programs fits on this card")
         self.programs = 2 * min(found.value, _clusters(index))
+        self.identity = torch.eye(_BN, dtype=dtype, device=torch.device("cuda", index))
 
     def _block(self):
         """(memory, address of the launch's configuration, of the pointer to the argument, where in the memory the argument is)"""
@@ -119,21 +120,25 @@ class _Kernel:
         struct.pack_into("<Q", block, first, start + at)
         return block, start, start + first, at
 
-    def __call__(self, xs, weights, y, programs: int | None = None) -> None:
+    def __call__(self, xs, weights, y, onto=None, programs: int | None = None) -> None:
         """programs: an even number, or as many as the card runs at a time."""
+        if onto is not None:
+            xs, weights = [*xs, onto], [*weights, self.identity]
         (rows, columns), dtype, none = y.shape, self.dtype, SEGMENTS - len(xs)
         of_weight = _BN // 2 if self.transposed else 64
         xs, weights = list(map(_placed, xs)), list(map(_placed, weights))  # a copy lives until the launch is queued
         maps = [_map(x.data_ptr(), *x.shape, x.stride(0), _BM, dtype) for x in xs] + [_ZEROS] * none
         maps += [_map(w.data_ptr(), *w.shape, w.stride(0), of_weight, dtype) for w in weights] + [_ZEROS] * none
         maps.append(_map(y.data_ptr(), rows, columns, y.stride(0), 64, dtype))
-        widths = [x.shape[1] for x in xs] + [0] * none
+        widths, added = [w.shape[1 if self.transposed else 0] for w in weights] + [0] * none, -1
+        if onto is not None:
+            added = len(xs) - 1
         try:
             taken = self.free.pop()
         except IndexError:
             taken = self._block()
         block, config, pointers, at = taken
-        struct.pack_into(_PROBLEM, block, at, *maps, *widths, rows, columns)
+        struct.pack_into(_PROBLEM, block, at, *maps, *widths, rows, columns, added)
         numbers = programs or self.programs, 1, 1, _THREADS, 1, 1, _SHARED
         if torch.cuda.current_device() == self.index:
             code = self._launch(block, config, pointers, numbers)
@@ -164,10 +169,10 @@ class _Kernel:
         xs, weights = [random(rows, 592)[:, 8:], random(rows, 12)], [random(columns, 584), random(columns, 12)]
         if not self.transposed:
             weights = [weight.t().contiguous() for weight in weights]
-        y = torch.full((rows, columns), float("nan"), device=device, dtype=self.dtype)
-        self(xs, weights, y, programs=2)
+        y, onto = torch.full((rows, columns), float("nan"), device=device, dtype=self.dtype), 32 * random(rows, columns)
+        self(xs, weights, y, onto, programs=2)
         pairs = zip(xs, weights, strict=True)
-        exact = sum(x.double() @ (w.double().t() if self.transposed else w.double()) for x, w in pairs)
+        exact = onto.double() + sum(x.double() @ (w.double().t() if self.transposed else w.double()) for x, w in pairs)
         off = ((y.double() - exact).norm() / exact.norm()).item()
         if not off < 4e-3:
             raise RuntimeError(f"its first result was off by {off:.1e}")

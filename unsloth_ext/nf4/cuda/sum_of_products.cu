@@ -1,5 +1,6 @@
 // y = x_1 W_1 + x_2 W_2 + ..., one sum in one accumulator: dense 16-bit matrices for sm_90, nothing copied side by side. Each x_i and W_i
-// has a tensor map of its own, and the loop over K goes from one to the next. What a map has no columns for is read as zeros.
+// has a tensor map of its own, and the loop over K goes from one to the next. What a map has no columns for is read as zeros. A matrix that
+// is only to be added goes through the same loop: its x is the tile of it, its W the identity of BN columns.
 //
 // A program stays for the whole call. Its first warpgroup has one thread that copies tiles of 64 columns of K into a ring of STAGES; the
 // two others multiply, each 64 of a tile's 128 rows by all of its 256 columns, and write their results out by way of shared memory while
@@ -16,6 +17,7 @@ struct Problem {
   Map x[SEGMENTS], w[SEGMENTS], y;
   int columns[SEGMENTS];  // K_i, 0 behind the last
   int M, N;
+  int added;  // the segment whose W is the identity, or none: -1
 };
 SHARED_MEMORY
 
@@ -101,17 +103,17 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
 #pragma unroll 1
         for (int segment = 0; segment < SEGMENTS; segment++) {
           const Map &x = problem.x[segment], &w = problem.w[segment];
-          const int columns = problem.columns[segment];
+          const int columns = problem.columns[segment], first_k = segment == problem.added ? n : 0, of_w = n - first_k;
 #pragma unroll 1
           for (int k = 0; k < columns; k += BK) {
             bar_wait(empty + 8 * stage, phase ^ 1);
             const uint32_t bar = full + 8 * stage, to = WS + stage * WSTAGE + rank * (WSTAGE / 2);
             bar_expect(bar, XSTAGE + WSTAGE);
-            load(XS + stage * XSTAGE, x, k, m, bar);
-            if (WT) load_for_both(to, w, k, n + rank * (BN / 2), bar);
+            load(XS + stage * XSTAGE, x, first_k + k, m, bar);
+            if (WT) load_for_both(to, w, k, of_w + rank * (BN / 2), bar);
             else {
-              load_for_both(to, w, n + rank * (BN / 2), k, bar);
-              load_for_both(to + WSTAGE / 4, w, n + rank * (BN / 2) + BN / 4, k, bar);
+              load_for_both(to, w, of_w + rank * (BN / 2), k, bar);
+              load_for_both(to + WSTAGE / 4, w, of_w + rank * (BN / 2) + BN / 4, k, bar);
             }
             advance();
           }

@@ -1,0 +1,58 @@
+"""Has a product take the addition after it along, in a graph that Inductor is about to lower.
+
+    sum_of_products -> add                  becomes   sum_of_products(..., onto=the other summand)
+
+That is the residual stream's addition at the end of a decoder layer: 67 us of an 8B layer at 8192 tokens on an H200, where in the product's
+accumulator it is a 57th part of the product's work. (The addition before a norm goes into the norm, which reads and writes it anyway:
+norms_fusion.py, which goes first.) The sum is rounded once instead of twice, so its bits are not those of an addition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from ..nf4 import products  # noqa: F401  the operator
+from .norms_fusion import VIEWS, call, erase_unused, in_memory, is_addition
+
+__all__ = ["fuse"]
+
+_aten = torch.ops.aten
+
+
+def fuse(graph: Graph) -> int:
+    """Fuse what can be in `graph`, in place. Returns how many additions have gone into products."""
+    product = torch.ops.unsloth_ext.sum_of_products.default
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    return sum(_take_addition(graph, node, place) for node in graph.find_nodes(op="call_function", target=product))
+
+
+def _take_addition(graph: Graph, product: Node, place: dict[Node, int]) -> bool:
+    if len(product.args) > 3 or product.kwargs:
+        return False  # it has something to go onto already
+    views, add = [], product
+    while True:
+        if len(add.users) != 1:
+            return False  # somebody else reads the product
+        (add,) = add.users
+        if add.target not in VIEWS:
+            break
+        views.append(add)
+    last = views[-1] if views else product
+    if not is_addition(add) or add.args.count(last) != 1:
+        return False
+    (other,) = (one for one in add.args if one is not last)
+    if place.get(other, place[product]) >= place[product] or not in_memory(other):
+        return False  # nothing is moved: the other summand must be there when the product is made
+    columns = product.meta["val"].shape[1]
+    if not isinstance(columns, int):
+        return False
+    with graph.inserting_before(product):
+        flat = other
+        if other.meta["val"].dim() != 2:
+            flat = call(graph, _aten.reshape.default, (other, [-1, columns]), other)
+        whole = call(graph, product.target, (*product.args, flat), add)
+    product.replace_all_uses_with(whole)
+    add.replace_all_uses_with(last if views else whole)
+    erase_unused(graph, [add, product])
+    return True
