@@ -38,20 +38,38 @@ def step(x, outer, *adapters):
     return (_aten.mm(z, d) * 2 + x, *(grad.t().float().contiguous() * (i + 2) for i, grad in enumerate(grads)))
 
 
+def on_two_cards(x, outer, *adapters):
+    a, b, c, d = (one.to(torch.bfloat16) * (i + 1) for i, one in enumerate(adapters))
+    return _aten.mm(x, a.t()), _aten.mm(x, b), _aten.mm(outer, c.t()), _aten.mm(outer, d.t())
+
+
+def write_to(x, outer, *adapters):
+    """What is read at the end was written to by an operator."""
+    whole = _aten.mm(x.t(), outer)
+    torch.ops.small_kernels.write_(whole)
+    return whole[:R].sin(), _aten.mm(x, whole)[:R].cos()
+
+
+library = torch.library.Library("small_kernels", "FRAGMENT")
+library.define("write_(Tensor(a!) x) -> ()")
+torch.library.register_fake("small_kernels::write_", lambda x: None, lib=library)
+
+
 def stop(self):
     code, _ = self.codegen()
     raise Written(getattr(code, "value", code))
 
 
-def written(rows, options):
+def written(rows, options, step=step, cards=(0, 0, 0, 0, 0, 0)):
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     if rows is None:
         symbol = env.create_symbol(8192, ConstantSource("rows"), dynamic_dim=DimDynamic.DYNAMIC)
         rows = env.create_symintnode(symbol, hint=8192)
     with mode:
-        given = [torch.empty(rows, H, dtype=torch.bfloat16, device="cuda:0") for _ in range(2)]
-        given += [torch.empty(*shape, device="cuda:0") for shape in ((R, H), (H, R), (R, H), (R, H))]
+        shapes = (rows, H), (rows, H), (R, H), (H, R), (R, H), (R, H)
+        given = [torch.empty(*shape, device=f"cuda:{card}") for shape, card in zip(shapes, cards, strict=True)]
+        given[:2] = [one.to(torch.bfloat16) for one in given[:2]]
         with tracing(TracingContext(mode)), torch.no_grad():
             module = make_fx(step, decomposition_table=select_decomp_table())(*given)
     graph.GraphLowering.compile_to_module = stop
@@ -76,6 +94,7 @@ def read(code):
     return {
         "kernels": [held[name] for name in re.findall(r"(triton_\w+)\.run\(", body)],
         "operators": len(re.findall(r"extern_kernels\.\w+\(", body)),
+        "blocks of their own": "XBLOCK_0" in code,
     }
 
 
@@ -87,6 +106,11 @@ def main():
         kind: {which: written(rows, options) for which, options in (("plain", {}), ("together", ours))}
         for kind, rows in (("fixed", 8192), ("dynamic", None))
     }
+    card.torch.cuda.device_count = lambda: 2
+    for kind, step, cards in (("two cards", on_two_cards, (0, 1, 0, 0, 1, 1)), ("written to", write_to, (0,) * 6)):
+        found[kind] = {
+            which: written(64, options, step, cards) for which, options in (("plain", {}), ("together", ours))
+        }
     print(json.dumps(found))
 
 

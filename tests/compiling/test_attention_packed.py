@@ -228,9 +228,27 @@ def test_where_flash_attention_4_cannot_be_had(monkeypatch, capability, interfac
         for name, value in interface.items():
             setattr(sys.modules["flash_attn.cute.interface"], name, value)
         sys.modules["flash_attn.cute"].interface = sys.modules["flash_attn.cute.interface"]
-    assert re.search(why, attention_flash4.lacking.__wrapped__(None))
+    assert re.search(why, attention_flash4.lacking(None))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert attention_flash4.lacking.__wrapped__(None) == "there is no NVIDIA card"
+    assert attention_flash4.lacking(None) == "there is no NVIDIA card"
+
+
+def test_flash_attention_4_is_tried_before_it_is_taken(monkeypatch, caplog):
+    def wrong(device):
+        raise RuntimeError("its first dq was off by 1.0e+00")
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(attention_flash4, "_kernels", lambda: None)
+    monkeypatch.setattr(attention_flash4, "_try", wrong)
+    for name, answer in (("device_count", 1), ("get_device_capability", (9, 0)), ("is_current_stream_capturing", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    attention_flash4._tried.cache_clear()
+    assert "captured" in attention_flash4.lacking(0) and not caplog.records  # asked again later
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        assert "off by 1.0e+00" in attention_flash4.lacking(0)
+    assert len(caplog.records) == 1
+    attention_flash4._tried.cache_clear()
 
 
 def test_kinds_of_cudnn_graphs_are_few():

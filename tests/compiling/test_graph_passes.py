@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from unsloth_ext.compiling import graph_passes, norms_fusion, products_fusion
+from unsloth_ext.compiling import graph_passes, norms_fusion, products_fusion, small_kernels
 from unsloth_ext.compiling.norms_operators import rms_norm
 from unsloth_ext.nf4.products import sum_of_products
 
@@ -28,10 +28,10 @@ def given():
 def added(use):
     """(how many additions went into the product, how many are left, how far the results are off those in fp32)."""
 
-    def function(x, a, w, u, r):
-        return use(sum_of_products([x, a], [w, u]), r)
+    def function(x, a, w, u, r, f):
+        return use(sum_of_products([x, a], [w, u]), r, f)
 
-    tensors = given()
+    tensors = *given(), rows(2 * T, N // 2)
     graph = make_fx(function, tracing_mode="fake")(*tensors)
     exact = function(*(t.float() for t in tensors))
     count = products_fusion.fuse(graph.graph)
@@ -47,21 +47,30 @@ def added(use):
 @pytest.mark.parametrize(
     ("use", "taken"),
     [
-        (lambda y, r: (y.view(2, 3, N) + r,), 1),
-        (lambda y, r: (r + y.view(3, 2, N).view(2, 3, N),), 1),
-        (lambda y, r: (y.view(2, 3, N) + r, y), 0),  # somebody else reads the product
-        (lambda y, r: (y + y,), 0),
-        (lambda y, r: (y.view(2, 3, N) + r[:1],), 0),
-        (lambda y, r: (torch.add(y.view(2, 3, N), r, alpha=2),), 0),
-        (lambda y, r: (y.view(2, 3, N) + r.sin(),), 0),  # Inductor computes it where it is added
-        (lambda y, r: (y.view(2, 3, N).float() + r.float(),), 0),
-        (lambda y, r: (y + (q := r.view(T, N)) @ q.t() @ q,), 0),  # made after the product: not waited for
-        (lambda y, r: (y + r.view(T, N),), 0),  # this too, though it is but a view
+        (lambda y, r, f: (y.view(2, 3, N) + r,), 1),
+        (lambda y, r, f: (r + y.view(3, 2, N).view(2, 3, N),), 1),
+        (lambda y, r, f: (y.view(2, 3, N) + r, y), 0),  # somebody else reads the product
+        (lambda y, r, f: (y + y,), 0),
+        (lambda y, r, f: (y.view(2, 3, N) + r[:1],), 0),
+        (lambda y, r, f: (torch.add(y.view(2, 3, N), r, alpha=2),), 0),
+        (lambda y, r, f: (y.view(2, 3, N) + r.sin(),), 0),  # Inductor computes it where it is added
+        (lambda y, r, f: (y.view(2, 3, N).float() + r.float(),), 0),
+        (lambda y, r, f: (y.view(2 * T, N // 2) + f,), 1),  # of two dimensions, but other ones
+        (lambda y, r, f: (y + (q := r.view(T, N)) @ q.t() @ q,), 0),  # made after the product: not waited for
+        (lambda y, r, f: (y + r.view(T, N),), 0),  # this too, though it is but a view
     ],
 )
 def test_an_addition_goes_into_the_product(use, taken):
     count, left, off = added(use)
     assert (count, left) == (taken, 1 - taken) and off < 2**-6
+
+
+def test_a_sum_of_as_many_products_as_the_kernel_takes_is_left():
+    def function(x, a, w, u, r):
+        return sum_of_products([x, a, x, a], [w, u, w, u]).view(2, 3, N) + r
+
+    graph = make_fx(function, tracing_mode="fake")(*given()).graph
+    assert products_fusion.fuse(graph) == 0
 
 
 def test_the_norm_goes_first():
@@ -94,4 +103,33 @@ def test_small_kernels_run_together(written, kind):
     plain, ours = written[kind]["plain"], written[kind]["together"]
     assert sorted(plain["kernels"]) == [1] * 10, written
     assert sorted(ours["kernels"]) == [1, 1, 4, 4], written  # a large one, and one in the middle, stay as they are
-    assert plain["operators"] == ours["operators"]
+    assert plain["operators"] == ours["operators"] and ours["blocks of their own"] and not plain["blocks of their own"]
+
+
+def test_small_kernels_of_two_cards_do_not(written):
+    assert sorted(written["two cards"]["together"]["kernels"]) == [2, 2], written
+
+
+def test_what_was_written_to_is_left_alone(written):
+    assert written["written to"]["together"] == written["written to"]["plain"]
+
+
+def test_where_small_kernels_run_together(monkeypatch):
+    from unsloth_ext.compiling import measured_cards
+
+    for said, found in (("0", 0), ("off", 0), ("1", 2)):
+        monkeypatch.setenv("UNSLOTH_EXT_SMALL_KERNELS", said)
+        assert len(small_kernels.options()) == found
+    monkeypatch.delenv("UNSLOTH_EXT_SMALL_KERNELS")
+    assert bool(small_kernels.options()) == measured_cards.are_measured()
+
+
+def test_the_compile_caches_stay_on():
+    """torch 2.13 asks for a class of its own; 2.11 pickles the object."""
+    import pickle
+
+    from torch._inductor import custom_graph_pass
+
+    kind = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+    assert isinstance(small_kernels.together, kind) and small_kernels.together.uuid()
+    assert pickle.loads(pickle.dumps(small_kernels.together)).uuid() == small_kernels.together.uuid()

@@ -232,6 +232,7 @@ def test_the_pass_names_itself_for_the_cache():
 
 
 def test_compile_model_has_it_unless_somebody_else_has_set_it(monkeypatch):
+    monkeypatch.setenv("UNSLOTH_EXT_SMALL_KERNELS", "1")
     ours = graph_passes.options()
     assert ours[graph_passes.ENTRY] is graph_passes.pass_over_graphs
     assert ours[small_kernels.ENTRY] is small_kernels.together and len(ours) == 3

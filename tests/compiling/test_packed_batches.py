@@ -7,7 +7,7 @@ import torch
 from packings import boundaries, random_lengths
 
 from unsloth_ext.compiling.packed import (
-    TILE,
+    LEAST,
     packed_arguments,
     packing_of_lengths,
     packing_of_positions,
@@ -44,8 +44,8 @@ def test_every_description_gives_the_same():
         assert torch.equal(found["cu_seq_lens_q"], boundaries(lengths))
         assert found["cu_seq_lens_k"] is found["cu_seq_lens_q"]
         assert found["cu_seq_lens_q"].dtype == torch.int32
-        assert max(lengths) <= found["max_length_q"] == found["max_length_k"] < max(lengths) + TILE
-        assert found["max_length_q"] % TILE == 0
+        assert max(lengths) <= found["max_length_q"] == found["max_length_k"] < max(LEAST + 1, 2 * max(lengths))
+        assert found["max_length_q"].bit_count() == 1 and found["max_length_q"] >= LEAST
         assert torch.equal(found["position_ids"], positions(lengths))
         assert found["input_ids"] is given["input_ids"]
         assert given.keys() == kept.keys(), "the caller's batch was changed"

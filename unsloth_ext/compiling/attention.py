@@ -4,7 +4,7 @@ A packed row is described by two things, both computed once a batch and outside 
 `cu_seqlens` and a bound of the longest document. Both are graph inputs, so 64 packings are one graph. Six backends:
 
 - "flash4": FlashAttention 4's, where the package flash-attn-4 is installed (`attention_flash4.py`): the quickest on an H200. fp16 and
-  bf16, head sizes to 128, Hopper; no softcap, not deterministic.
+  bf16, head sizes of 64, 96 and 128, Hopper; no softcap, not deterministic.
 - "cudnn": cuDNN's ragged kernels by NVIDIA's cudnn-frontend, where that is installed (`attention_cudnn.py`): quicker than flash attention 2
   on an H200. fp16 and bf16, head sizes to 128, Hopper and data-center Blackwell; no softcap, not deterministic.
 - "flash": aten's variable-length flash kernel, called as the native operator that it is. It takes grouped key and value heads
@@ -142,6 +142,8 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
     if backend in ("flash4", "cudnn"):
         if width % 16 or width > 128:
             return f"head sizes to 128, multiples of 16, this is {width}"
+        if backend == "flash4" and width not in (64, 96, 128):
+            return f"it was tried with head sizes of 64, 96 and 128, this is {width}"
         if query.numel() >= _INT32:
             return "the query has 2**31 elements or more"  # cuDNN's offsets are int32
         if torch.are_deterministic_algorithms_enabled():
@@ -189,6 +191,8 @@ def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):
 
 
 def _flash_call(query, key, value, cu_seqlens, max_seqlen, scale, window):
+    # Else causal by the window, nothing to the right: FlashAttention 4 under aten's name refuses a window without an end.
+    causal = window is None
     return torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -198,12 +202,11 @@ def _flash_call(query, key, value, cu_seqlens, max_seqlen, scale, window):
         max_seqlen,
         max_seqlen,
         0.0,
-        window
-        is None,  # else causal by the window: nothing to the right (FlashAttention 4 under aten refuses one of no end)
+        causal,
         False,
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+        window_size_left=None if causal else window - 1,
+        window_size_right=None if causal else 0,
     )[0]
 
 

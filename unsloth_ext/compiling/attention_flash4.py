@@ -15,6 +15,7 @@ FlashAttention: https://github.com/Dao-AILab/flash-attention, folder flash_attn/
 import functools
 import inspect
 import logging
+import threading
 import warnings
 
 import torch
@@ -22,12 +23,13 @@ import torch
 from .attention_gradients import differentiable
 
 _log = logging.getLogger(__name__)
+_lock = threading.Lock()  # a first call of a kind compiles; autograd has threads of its own
+_FORWARD, _BACKWARD = ("q", "k", "v"), ("q", "k", "v", "out", "dout", "lse")  # the tensors
 _NAMES = {"softmax_scale", "causal", "window_size_left", "window_size_right"}
 _SIDES = {name: (f"{name}_q", f"{name}_k") for name in ("cu_seqlens", "max_seqlen")}
 _NEAR = 2e-2  # of the largest value, bf16: what a first result may be off
 
 
-@functools.cache
 def lacking(index: int | None) -> str:
     """Why flash-attn-4 cannot be had on card `index`; "" where it can. It is asked by a forward and a backward, once a process; where it is
     installed and does not do that, or wrongly, the log says so."""
@@ -39,6 +41,13 @@ def lacking(index: int | None) -> str:
         _kernels()
     except Exception as error:  # a package of its many is missing, or another one has its name
         return f"it needs flash-attn-4 ({' '.join(str(error).split())[:200]})"
+    if torch.cuda.is_current_stream_capturing():
+        return "it cannot be tried while a CUDA graph is captured"
+    return _tried(index)
+
+
+@functools.cache
+def _tried(index: int | None) -> str:
     try:
         _try(torch.device("cuda", torch.cuda.current_device() if index is None else index))
     except torch.OutOfMemoryError:  # says nothing about it
@@ -63,9 +72,10 @@ def flash4_attention(
     """query [T, H, D], key and value [T, H_kv, D], cu_seqlens [n + 1] int32 from 0 to T -> [T, H, D] and the log-sum-exp [H, T] in
     fp32."""
     if query.shape[0] == 0:
-        return torch.empty_like(query), query.new_empty((query.shape[1], 0), dtype=torch.float32)
+        return query.new_empty(query.shape), query.new_empty((query.shape[1], 0), dtype=torch.float32)
     forward, _ = _kernels()
-    found = _call(forward, (query, key, value), cu_seqlens, max_seqlen, scale, window, return_lse=True)
+    tensors = dict(zip(_FORWARD, (query, key, value), strict=True))
+    found = _call(forward, tensors, cu_seqlens, max_seqlen, scale, window, return_lse=True)
     return found[0], found[1]
 
 
@@ -89,9 +99,10 @@ def flash4_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, in their dtypes and contiguous."""
     if query.shape[0] == 0:
-        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
+        return tuple(t.new_empty(t.shape) for t in (query, key, value))
     _, backward = _kernels()
-    found = _call(backward, (query, key, value, out, grad, logsumexp), cu_seqlens, max_seqlen, scale, window)
+    tensors = dict(zip(_BACKWARD, (query, key, value, out, grad, logsumexp), strict=True))
+    found = _call(backward, tensors, cu_seqlens, max_seqlen, scale, window)
     return found[0], found[1], found[2]
 
 
@@ -101,27 +112,36 @@ differentiable(flash4_attention, flash4_attention_backward)
 @functools.cache
 def _kernels():
     """(the forward, the backward) of flash-attn-4. Raises ImportError, or whatever its import raises, where they cannot be had."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from flash_attn.cute import interface
+    from flash_attn.cute import interface
+
+    # CuTe DSL's at each compile, about an argument of FlashAttention's own.
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
     found = interface._flash_attn_fwd, interface._flash_attn_bwd
-    for function, more in zip(found, ({"return_lse"}, set()), strict=True):
+    for function, more in zip(found, ({*_FORWARD, "return_lse"}, _BACKWARD), strict=True):
         if unknown := sorted(_NAMES.union(more, *_SIDES.values()) - set(inspect.signature(function).parameters)):
             raise ImportError(f"this version's {function.__name__} has no {', '.join(unknown)}")
     return found
 
 
 def _call(function, tensors, cu_seqlens, max_seqlen, scale, window, **more):
-    query, longest = tensors[0], min(max_seqlen, tensors[0].shape[0])
+    """One of the two. Raises RuntimeError, with what may do it instead, where flash-attn-4 raises anything but a lack of memory."""
+    query = tensors["q"]
+    longest = min(max_seqlen, query.shape[0])
     left = None if window is None or window >= longest else window - 1
     for name, given in (("cu_seqlens", cu_seqlens.contiguous()), ("max_seqlen", longest)):
         more |= dict.fromkeys(_SIDES[name], given)
-    with torch.cuda.device(query.device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CuTe DSL's, while it compiles
-        return function(
-            *(tensor.contiguous() for tensor in tensors), softmax_scale=scale, causal=left is None,
-            window_size_left=left, window_size_right=None if left is None else 0, **more,
-        )  # fmt: skip
+    more |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+    more |= {"window_size_left": left, "window_size_right": None if left is None else 0}
+    with torch.cuda.device(query.device), _lock:
+        try:
+            return function(softmax_scale=scale, causal=left is None, **more)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"flash-attn-4 refuses packed attention of {list(query.shape)} {query.dtype}: {error}\nbackend='cudnn' or 'flash' may do "
+                "it; for every model of a process: UNSLOTH_EXT_PACKED_ATTENTION=cudnn,flash"
+            ) from error
 
 
 def _try(device: torch.device) -> None:
@@ -130,7 +150,8 @@ def _try(device: torch.device) -> None:
 
     from .attention_exact import packed_attention, packed_attention_backward
 
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+    plain = torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False)
+    with unset_fake_temporarily(), plain[0], plain[1], plain[2]:
         generator = torch.Generator(device).manual_seed(0)  # leaves the user's random state alone
         row = [torch.randn(400, heads, 128, device=device, generator=generator).bfloat16() for heads in (8, 2, 2, 8)]
         ends = torch.tensor([0, 150, 400], dtype=torch.int32, device=device)

@@ -310,6 +310,7 @@ def _settings():
             accumulated_recompile_limit=max(LIMIT, torch._dynamo.config.accumulated_recompile_limit),
             skip_nnmodule_hook_guards=False,  # else a hook on one layer alone is not seen where another's graph is taken
             specialize_float=True,  # else each Python float is a symbol first, and everything is traced a second time
+            allow_unspec_int_on_nn_module=False,  # as by default: Unsloth makes the heads' number and width symbols, for the whole process
             optimize_ddp=False,  # else Dynamo cuts a graph under DDP where a bucket of gradients is full; LoRA's are soon sent
             verbose=True,  # keeps Dynamo's frames in its exceptions: compile_failure.py reads the module in them
         ),

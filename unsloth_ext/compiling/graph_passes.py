@@ -36,8 +36,4 @@ def options() -> dict[str, Any]:
     found = {}
     if getattr(config, ENTRY) is None:
         found[ENTRY] = pass_over_graphs
-    # Kernels that run together each keep the blocks that they would have alone. Both entries are private ones.
-    blocks = "combo_kernel_per_subkernel_blocks"
-    if hasattr(config, blocks) and getattr(config, small_kernels.ENTRY, together := small_kernels.together) is None:
-        found |= {small_kernels.ENTRY: together, blocks: True}
-    return found
+    return found | small_kernels.options()

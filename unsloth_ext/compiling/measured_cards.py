@@ -12,11 +12,12 @@ MEASURED = frozenset({(9, 0)})
 
 def refuse_where_not_measured(switch: str) -> None:
     """Raises NotHere unless all cards are of a kind in MEASURED, or the environment variable `switch` is set."""
-    if not os.environ.get(switch) and not _are_measured():
+    if not os.environ.get(switch) and not are_measured():
         raise NotHere(f"not measured on this card: {switch}=1 has it here")
 
 
-def _are_measured() -> bool:
+def are_measured() -> bool:
+    """Whether there are cards, all of a kind in MEASURED."""
     import torch
 
     cards = range(torch.cuda.device_count())

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .norms_operators import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_backward_add
 
-__all__ = ["VIEWS", "call", "erase_unused", "fuse", "in_memory", "is_addition"]
+__all__ = ["VIEWS", "call", "erase_unused", "fuse", "in_memory", "is_addition", "is_same_shape"]
 
 _aten = torch.ops.aten
 VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
@@ -99,7 +99,8 @@ def is_addition(node: Node) -> bool:
         return False
     result = tensors[0]
     return result.dtype in (torch.float16, torch.bfloat16) and all(
-        one.dtype == result.dtype and one.device == result.device and _same(one.shape, result.shape) for one in tensors
+        one.dtype == result.dtype and one.device == result.device and is_same_shape(one.shape, result.shape)
+        for one in tensors
     )
 
 
@@ -113,7 +114,7 @@ def _is_contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _same(shape, other) -> bool:
+def is_same_shape(shape, other) -> bool:
     return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))
 
 
@@ -121,10 +122,10 @@ def in_memory(node: Node) -> bool:
     """Whether Inductor would read this, instead of computing it in the kernel that does the addition."""
     while node.target in VIEWS:
         node = node.args[0]
-    return _is_madein_memory(node) or _is_read_from_memory(node)
+    return _is_made_in_memory(node) or _is_read_from_memory(node)
 
 
-def _is_madein_memory(node: Node) -> bool:
+def _is_made_in_memory(node: Node) -> bool:
     if node.op != "call_function":
         return True
     if node.target is operator.getitem or node.target in _PRODUCTS:
@@ -139,7 +140,7 @@ def _is_read_from_memory(node: Node) -> bool:
         user = users.pop()
         if user.target in VIEWS:
             users += user.users
-        elif _is_madein_memory(user) and user.target is not operator.getitem:
+        elif _is_made_in_memory(user) and user.target is not operator.getitem:
             return True
     return False
 

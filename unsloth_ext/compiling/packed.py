@@ -9,8 +9,9 @@ max_length_q, max_length_k.
 Three ways of saying where documents begin are understood: those four arguments (`DataCollatorWithFlattening`), Unsloth's
 `packed_seq_lengths`, and `position_ids` that start again (TRL's `padding_free=True` and `packing=True`).
 
-The bound of the longest document is rounded up to the kernels' tile, so that it takes few values. Where only a graph under
-trace knows the lengths, the bound is the whole row: correct, and a little slower.
+The bound of the longest document is rounded up to a power of two, so that it takes few values: a compile that takes it for a constant at
+first (Unsloth's own of the layers) meets few others. A bound that is too high gives a kernel blocks that end at once. Where only a graph
+under trace knows the lengths, the bound is the whole row: correct, and a little slower.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-TILE = 128
+LEAST = 128  # of bounds: a tile of the kernels
 
 # Whether the forward pass under way has its boundaries: then no [T, T] mask is built beside them (packed_transformers.py).
 _in_packed_forward = [False]
@@ -145,7 +146,7 @@ def _found(arguments, total, device):
 
 
 def _bound(longest):
-    return max(TILE, (longest + TILE - 1) // TILE * TILE)
+    return max(LEAST, 1 << (longest - 1).bit_length())
 
 
 def _moved(tensor, device):

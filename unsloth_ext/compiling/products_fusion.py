@@ -4,7 +4,8 @@
 
 That is the residual stream's addition at the end of a decoder layer: 67 us of an 8B layer at 8192 tokens on an H200, where in the product's
 accumulator it is a 57th part of the product's work. (The addition before a norm goes into the norm, which reads and writes it anyway:
-norms_fusion.py, which goes first.) The sum is rounded once instead of twice, so its bits are not those of an addition.
+norms_fusion.py, which goes first.) Where the kernel does it the sum is rounded once instead of twice, so its bits are not those of an addition;
+where products are added one by one they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch.fx import Graph, Node
 
 from ..nf4 import products  # noqa: F401  the operator
-from .norms_fusion import VIEWS, call, erase_unused, in_memory, is_addition
+from ..nf4.products_hopper import SEGMENTS
+from .norms_fusion import VIEWS, call, erase_unused, in_memory, is_addition, is_same_shape
 
 __all__ = ["fuse"]
 
@@ -28,8 +30,8 @@ def fuse(graph: Graph) -> int:
 
 
 def _take_addition(graph: Graph, product: Node, place: dict[Node, int]) -> bool:
-    if len(product.args) > 3 or product.kwargs:
-        return False  # it has something to go onto already
+    if len(product.args) > 3 or product.kwargs or len(product.args[0]) >= SEGMENTS:
+        return False  # it has something to go onto already, or the kernel takes no more
     views, add = [], product
     while True:
         if len(add.users) != 1:
@@ -49,7 +51,7 @@ def _take_addition(graph: Graph, product: Node, place: dict[Node, int]) -> bool:
         return False
     with graph.inserting_before(product):
         flat = other
-        if other.meta["val"].dim() != 2:
+        if not is_same_shape(other.meta["val"].shape, product.meta["val"].shape):
             flat = call(graph, _aten.reshape.default, (other, [-1, columns]), other)
         whole = call(graph, product.target, (*product.args, flat), add)
     product.replace_all_uses_with(whole)

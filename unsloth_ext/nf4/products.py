@@ -31,7 +31,7 @@ def sum_of_products(
 
     xs: [T, K_i] of one dtype and device. weights: [N, K_i], where not `transposed` [K_i, N], of the same. onto: [T, N] of the
     same, or None. Returns [T, N], contiguous, in that dtype. Not differentiable. The kernel rounds the whole sum once, one product after the other rounds each; which it is
-    depends on shapes, layouts and the card, not on the values. Raises ValueError for shapes, dtypes or devices that do not fit.
+    depends on shapes, layouts and the card, not on the values. An infinity in `onto` makes NaNs of up to 256 columns of its row in the kernel. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if not xs or len(xs) != len(weights):
         raise ValueError(f"as many weights as inputs are needed, at least one, got {len(xs)} and {len(weights)}")
@@ -58,7 +58,7 @@ def _check(xs, weights, transposed, onto) -> int:
         onto.shape != (first.shape[0], columns) or onto.dtype != first.dtype or onto.device != first.device
     ):
         raise ValueError(
-            f"what the sum goes onto must be {[first.shape[0], columns]} as the inputs are, got {list(onto.shape)}"
+            f"what the sum goes onto must be {[first.shape[0], columns]} as the inputs are, got {list(onto.shape)} {onto.dtype} on {onto.device}"
         )
     return columns
 
@@ -67,10 +67,10 @@ def _check(xs, weights, transposed, onto) -> int:
 def _one_by_one(xs, weights, transposed, onto=None):
     _check(xs, weights, transposed, onto)
     weights = [weight.t() if transposed else weight for weight in weights]
-    y = xs[0] @ weights[0] if onto is None else torch.addmm(onto, xs[0], weights[0])
+    y = xs[0] @ weights[0]
     for x, weight in zip(xs[1:], weights[1:], strict=True):
         y.addmm_(x, weight)
-    return y
+    return y if onto is None else y.add_(onto)  # last: a small product would be rounded away on something large
 
 
 @torch.no_grad()

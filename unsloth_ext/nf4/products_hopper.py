@@ -109,7 +109,11 @@ class _Kernel:
         if not found.value:
             raise RuntimeError("no cluster of two programs fits on this card")
         self.programs = 2 * min(found.value, _clusters(index))
-        self.identity = torch.eye(_BN, dtype=dtype, device=torch.device("cuda", index))
+        # By the driver, for good: an allocation of torch's could be in the pool of a CUDA graph.
+        ones, address = torch.eye(_BN, dtype=dtype).view(torch.int16).numpy().tobytes(), ctypes.c_uint64()
+        must(driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(len(ones))))
+        must(driver().cuMemcpyHtoD_v2(address, ones, ctypes.c_size_t(len(ones))))
+        self.identity = _map(address.value, _BN, _BN, _BN, _BN // 2 if transposed else 64, dtype)
 
     def _block(self):
         """(memory, address of the launch's configuration, of the pointer to the argument, where in the memory the argument is)"""
@@ -122,17 +126,18 @@ class _Kernel:
 
     def __call__(self, xs, weights, y, onto=None, programs: int | None = None) -> None:
         """programs: an even number, or as many as the card runs at a time."""
-        if onto is not None:
-            xs, weights = [*xs, onto], [*weights, self.identity]
+        xs = xs if onto is None else [*xs, onto]
         (rows, columns), dtype, none = y.shape, self.dtype, SEGMENTS - len(xs)
         of_weight = _BN // 2 if self.transposed else 64
         xs, weights = list(map(_placed, xs)), list(map(_placed, weights))  # a copy lives until the launch is queued
         maps = [_map(x.data_ptr(), *x.shape, x.stride(0), _BM, dtype) for x in xs] + [_ZEROS] * none
-        maps += [_map(w.data_ptr(), *w.shape, w.stride(0), of_weight, dtype) for w in weights] + [_ZEROS] * none
+        maps += [_map(w.data_ptr(), *w.shape, w.stride(0), of_weight, dtype) for w in weights]
+        maps += ([] if onto is None else [self.identity]) + [_ZEROS] * none
         maps.append(_map(y.data_ptr(), rows, columns, y.stride(0), 64, dtype))
-        widths, added = [w.shape[1 if self.transposed else 0] for w in weights] + [0] * none, -1
+        widths, added = [w.shape[1 if self.transposed else 0] for w in weights], -1
         if onto is not None:
-            added = len(xs) - 1
+            widths, added = [*widths, _BN], len(weights)
+        widths += [0] * none
         try:
             taken = self.free.pop()
         except IndexError:
