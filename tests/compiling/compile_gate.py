@@ -1,6 +1,6 @@
 """Traces Unsloth's training step, forward and loss, on a card that is not there, and counts graphs and breaks.
 
-    python tests/compiling/compile_gate.py [--batches 64] [--packings 64] [--checkpointing unsloth] [--scope step] [--seed 1]
+    python tests/compiling/compile_gate.py [--batches 64] [--packings 64] [--checkpointing unsloth] [--scope step] [--seed 1] [--own 12]
 
 64 random (batch, length) and 64 random packings of a row go through one `compile_model` each way. Lengths that fill cuDNN's bucket are
 among them, but not first (attention_patch.py: a graph that is traced with one is for those alone). The last line is JSON.
@@ -10,11 +10,14 @@ import argparse
 import json
 import random
 import time
+import types
 
 import compile_fake_card as card
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from unsloth_ext.compiling.compiled_model import compile_model
+from unsloth_ext.compiling.packed import _bound
 
 
 def report_of(model, scope, batches):
@@ -36,6 +39,28 @@ def report_of(model, scope, batches):
         "calls": report.compiled_calls,
         "plain": report.plain_calls,
     }
+
+
+def own_graphs(model, batches):
+    """How many graphs Unsloth's own compile of the layers makes of these batches: automatic dynamic shapes, breaks allowed."""
+    counter = CompileCounterWithBackend("eager")
+    layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+    forward = type(layers[0]).forward
+    run = torch.compile(getattr(forward, "_unsloth_block_original", forward), dynamic=None, backend=counter)
+    for layer in layers:
+        layer.forward = types.MethodType(lambda self, *args, **kwargs: run(self, *args, **kwargs), layer)
+    for batch in batches:
+        with card.tensors():
+            arguments = batch()
+        try:
+            with card.MODE:
+                model(**arguments)
+        except RuntimeError as error:  # after the layers: the last norm is no operator, and launches
+            if "active drivers" not in str(error):
+                raise
+    for layer in layers:
+        del layer.__dict__["forward"]
+    return counter.frame_count
 
 
 def padded(number):
@@ -62,7 +87,7 @@ def packed():
         boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch._dynamo.maybe_mark_dynamic(boundaries, 0)
         boundaries._unsloth_ext_covers = (total, ids.device)
-        longest = max(128, (max(lengths) + 127) // 128 * 128)
+        longest = _bound(max(lengths))
         return {
             "input_ids": ids,
             "labels": ids,
@@ -81,6 +106,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--batches", type=int, default=64)
     parser.add_argument("--packings", type=int, default=64)
+    parser.add_argument("--own", type=int, default=0, help="packings for Unsloth's own compile of the layers")
     parser.add_argument("--checkpointing", choices=("unsloth", "True", "False"), default="False")
     parser.add_argument("--scope", choices=("step", "block"), default="step")
     parser.add_argument("--layers", type=int, default=1)
@@ -95,6 +121,8 @@ def main():
         found["batches"] = report_of(model, options.scope, [padded(i) for i in range(options.batches)])
     if options.packings:
         found["packings"] = report_of(model, options.scope, [packed() for _ in range(options.packings)])
+    if options.own:
+        found["own"] = own_graphs(model, [packed() for _ in range(options.own)])
     print(json.dumps(found))
 
 

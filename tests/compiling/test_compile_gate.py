@@ -51,6 +51,14 @@ def test_the_step_is_one_graph_for_batches_and_one_for_packings(tmp_path, torch_
     assert packings["graphs"] <= 4, output
 
 
+@pytest.mark.parametrize("torch_in", TORCHES)
+def test_unsloths_own_compile_of_packed_layers_comes_to_an_end(tmp_path, torch_in):
+    """The first packing, then any length; once more if the bound of the longest document was the first's by chance."""
+    options = "--batches", "0", "--packings", "0", "--own", "16", "--layers", "2"
+    found, output = gate(tmp_path, *options, torch_in=torch_in)
+    assert 1 <= found["own"] <= 3, output
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("checkpointing", ["True", "unsloth"])
 def test_checkpointed(tmp_path, checkpointing):

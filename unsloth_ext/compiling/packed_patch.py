@@ -327,7 +327,7 @@ PATCHES = (
     Patch(
         id="compiling.packed_attention",
         challenge="C",
-        summary="packed attention is one variable-length call inside a graph, with grouped heads on torch 2.11 too, on an H200 by cuDNN",
+        summary="packed attention is one variable-length call inside a graph, with grouped heads on torch 2.11 too, on an H200 by FlashAttention 4 or cuDNN",
         targets=(_RUN,),
         relies_on=(_GET_INFO,),
         changes=_attention,
