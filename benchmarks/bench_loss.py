@@ -19,6 +19,7 @@ import os
 import sys
 import time
 
+import plots
 import record
 import torch
 import torch.nn.functional as F
@@ -461,46 +462,27 @@ def claims(rows, versions):
 
 
 def draw(rows, folder):
-    """Time against memory at the main shape: ours as curves, each peer a point; an SVG for a light and one for a dark page."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    for name, style, background in (("light", "default", "white"), ("dark", "dark_background", "#0d1117")):
-        with plt.style.context(style):
-            figure, pair = plt.subplots(1, 2, figsize=(11, 4.5), facecolor=background)
-            for axes, head in zip(pair, ("frozen", "trained"), strict=True):
-                axes.set_facecolor(background)
-                for row in rows:
-                    if (
-                        row["case"] == f"cross entropy, {head} head"
-                        and tuple(row["shape"]) == MAIN
-                        and row["spread"] == 1.3
-                    ):
-                        ours = row["name"].startswith("unsloth_ext")
-                        axes.plot(
-                            row["mib"], row["ms"]["p50"], "o" if ours else "s", color="tab:red" if ours else "tab:blue"
-                        )
-                        axes.annotate(
-                            row["name"].replace("unsloth_ext, ", ""),
-                            (row["mib"], row["ms"]["p50"]),
-                            fontsize=7,
-                            xytext=(4, 4),
-                            textcoords="offset points",
-                        )
-                for case in sorted({row["case"] for row in rows if row["case"].startswith(f"curve, {head}")}):
-                    points = sorted((r["mib"], r["ms"]["p50"]) for r in rows if r["case"] == case)
-                    axes.plot(*zip(*points, strict=True), "-", color="tab:red", alpha=0.6)
-                axes.set(
-                    xscale="log",
-                    xlabel="peak MiB above the inputs",
-                    ylabel="ms",
-                    title=f"{head} head, " + " x ".join(map(str, MAIN)),
-                    ylim=(0, None),
-                )
-            figure.savefig(folder / f"loss.{name}.svg", bbox_inches="tight")
-            plt.close(figure)
+    """Time against memory at the main shape: ours as curves, each peer a point."""
+
+    def paint(*pair):
+        for axes, head in zip(pair, ("frozen", "trained"), strict=True):
+            for row in rows:
+                if (
+                    row["case"] == f"cross entropy, {head} head"
+                    and tuple(row["shape"]) == MAIN
+                    and row["spread"] == 1.3
+                ):
+                    ours, at = row["name"].startswith("unsloth_ext"), (row["mib"], row["ms"]["p50"])
+                    axes.plot(*at, "o" if ours else "s", color="tab:red" if ours else "tab:blue")
+                    text = row["name"].replace("unsloth_ext, ", "")
+                    axes.annotate(text, at, fontsize=7, xytext=(4, 4), textcoords="offset points")
+            for case in sorted({row["case"] for row in rows if row["case"].startswith(f"curve, {head}")}):
+                points = sorted((r["mib"], r["ms"]["p50"]) for r in rows if r["case"] == case)
+                axes.plot(*zip(*points, strict=True), "-", color="tab:red", alpha=0.6)
+            title = f"{head} head, " + " x ".join(map(str, MAIN))
+            axes.set(xscale="log", xlabel="peak MiB above the inputs", ylabel="ms", title=title, ylim=(0, None))
+
+    plots.draw(folder, "loss", paint, columns=2, size=(11, 4.5))
 
 
 def versions():

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_memory_budget.py --tokenizer FOLDER [--budgets auto 8.1GiB ...] [--flags unsloth False]
     python benchmarks/bench_memory_budget.py --quick        tiny, plain transformers, on a CPU: shows that it runs
+    python benchmarks/bench_memory_budget.py --draw         the frontier of the rows that are recorded, as a picture
 
 A Llama-shaped checkpoint with random weights in 4 bit, LoRA of rank 16 on all seven projections, AdamW in 8 bit, batch 2 x 4096.
 Each of Unsloth's flags runs in a process of its own, without this package. Ours runs twice, over Unsloth's layers as they are and
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 
 import checkpoints
+import plots
 import record
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -268,6 +270,31 @@ def over(rows: list[dict]) -> list[dict]:
     ]
 
 
+def draw(rows: list[dict], name: str, folder: Path) -> None:
+    """Time of a step against its peak of memory: ours as a curve of budgets, each of Unsloth's flags a point."""
+    done = [row for row in rows if "step" in row]
+    labels = {"Unsloth": "Unsloth's use_gradient_checkpointing", "ours": "memory_budget"}
+    labels["ours, block"] = "memory_budget, layers compiled by compile_model"
+
+    def paint(axes):
+        for name in sorted({row["side"] for row in done}):
+            found = [row for row in done if row["side"] == name]
+            points = sorted((row["peak_gib"], row["step"]["p50"], row["setting"]) for row in found)
+            ours = name != "Unsloth"
+            axes.plot(
+                *zip(*(point[:2] for point in points), strict=True), "o-" if ours else "s",
+                color="tab:blue" if not ours else "tab:red" if "block" in name else "tab:orange",
+                label=labels[name],
+            )  # fmt: skip
+            for gib, ms, setting in points:
+                axes.annotate(setting, (gib, ms), fontsize=8, xytext=(5, 5), textcoords="offset points")
+        axes.margins(0.1)
+        axes.set(xlabel="peak GiB of a step", ylabel="ms a step", xlim=(0, None))
+        axes.legend(frameon=False)
+
+    plots.draw(folder, name, paint)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokenizer", type=Path, help="a folder with the Llama 3 tokenizer (128256 tokens)")
@@ -285,6 +312,7 @@ def main() -> int:
     parser.add_argument("--ours", nargs="*", choices=("ours", "ours, block"), default=["ours", "ours, block"])
     parser.add_argument("--limit", type=int, default=300, help="seconds after which a side is given up")
     parser.add_argument("--quick", action="store_true", help="tiny, plain transformers, any machine; nothing recorded")
+    parser.add_argument("--draw", action="store_true", help="nothing is measured: draw what is recorded")
     parser.add_argument("--side", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -292,14 +320,17 @@ def main() -> int:
     if args.side:
         side(args.side[0], Path(args.side[1]), args)
         return 0
+    short = args.architecture.replace("llama-3.1-", "").replace("llama-3.2-", "")
+    name = f"memory_budget_{short}" + (f"_{args.layers}_layers" if args.layers else "")
+    if args.draw:
+        draw(json.loads((record.DATA / f"{name}.json").read_text())["rows"], name, record.DATA)
+        return 0
     import torch
 
     if not args.quick and (not torch.cuda.is_available() or args.tokenizer is None):
         print("bench_memory_budget: needs a CUDA card and --tokenizer (or --quick), left out")
         return 0
     rows = []
-    short = args.architecture.replace("llama-3.1-", "").replace("llama-3.2-", "")
-    name = f"memory_budget_{short}" + (f"_{args.layers}_layers" if args.layers else "")
 
     def keep(row):
         rows.append(
@@ -328,6 +359,8 @@ def main() -> int:
         finally:
             for one in sides:
                 one.end()
+    if not args.quick:
+        draw(rows, name, Path(os.environ.get("UNSLOTH_EXT_BENCH_DATA", record.DATA)))
     losses = [row["loss"] for row in rows if "loss" in row]
     apart = losses and max(losses) - min(losses) > 5e-3  # of about 12; the sides round in different places
     for text, wrong in (("more than the budget", over(rows)), ("first losses differ", apart and losses)):

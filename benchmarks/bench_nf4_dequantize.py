@@ -12,6 +12,7 @@ import math
 import sys
 import time
 
+import plots
 import record
 import torch
 import triton
@@ -342,12 +343,7 @@ def claims(rows, eager, challenge, release):
 
 
 def draw(rows, folder):
-    """Achieved GB/s against size, as an SVG for a light and one for a dark page."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
+    """Achieved GB/s against size."""
     rows = [row for row in rows if row["dtype"] == "bfloat16"]
     styles = (
         (OURS, "tab:red", "o-"),
@@ -355,19 +351,16 @@ def draw(rows, folder):
         (CTYPES, "tab:gray", "^-"),
         (TRAFFIC, "tab:green", "--"),
     )
-    for name, style, background in (("light", "default", "white"), ("dark", "dark_background", "#0d1117")):
-        with plt.style.context(style):
-            figure, axes = plt.subplots(figsize=(8, 4.5), facecolor=background)
-            axes.set_facecolor(background)
-            for contestant, color, line in styles:
-                speed = [row["bytes"] / row[contestant]["p50"] / 1e3 for row in rows]
-                axes.plot(
-                    [row["elements"] / 1e6 for row in rows], speed, line, color=color, label=contestant, markersize=4
-                )
-            axes.set(xscale="log", xlabel="million weights", ylabel="GB/s read and written", ylim=(0, None))
-            axes.legend(frameon=False)
-            figure.savefig(folder / f"nf4_dequantize.{name}.svg", bbox_inches="tight")
-            plt.close(figure)
+
+    def paint(axes):
+        sizes = [row["elements"] / 1e6 for row in rows]
+        for contestant, color, line in styles:
+            speed = [row["bytes"] / row[contestant]["p50"] / 1e3 for row in rows]
+            axes.plot(sizes, speed, line, color=color, label=contestant, markersize=4)
+        axes.set(xscale="log", xlabel="million weights", ylabel="GB/s read and written", ylim=(0, None))
+        axes.legend(frameon=False)
+
+    plots.draw(folder, "nf4_dequantize", paint)
 
 
 def main() -> int:
