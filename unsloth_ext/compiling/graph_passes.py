@@ -12,7 +12,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from . import norms_fusion, products_fusion, small_kernels
+from . import additions, norms_fusion, products_fusion, small_kernels
 
 __all__ = ["ENTRY", "options", "pass_over_graphs"]
 
@@ -25,7 +25,7 @@ class _Pass(CustomGraphPass):
         products_fusion.fuse(graph)
 
     def uuid(self):
-        return get_hash_for_files((__file__, norms_fusion.__file__, products_fusion.__file__))
+        return get_hash_for_files((__file__, *(one.__file__ for one in (additions, norms_fusion, products_fusion))))
 
 
 pass_over_graphs = _Pass()

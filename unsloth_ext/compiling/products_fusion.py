@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from ..nf4 import products  # noqa: F401  the operator
 from ..nf4.products_hopper import SEGMENTS
-from .norms_fusion import VIEWS, call, erase_unused, in_memory, is_addition, is_same_shape
+from .additions import addition_after, call, erase_unused, in_memory, is_same_shape
 
 __all__ = ["fuse"]
 
@@ -32,18 +32,9 @@ def fuse(graph: Graph) -> int:
 def _take_addition(graph: Graph, product: Node, place: dict[Node, int]) -> bool:
     if len(product.args) > 3 or product.kwargs or len(product.args[0]) >= SEGMENTS:
         return False  # it has something to go onto already, or the kernel takes no more
-    views, add = [], product
-    while True:
-        if len(add.users) != 1:
-            return False  # somebody else reads the product
-        (add,) = add.users
-        if add.target not in VIEWS:
-            break
-        views.append(add)
-    last = views[-1] if views else product
-    if not is_addition(add) or add.args.count(last) != 1:
+    if (found := addition_after(product)) is None:
         return False
-    (other,) = (one for one in add.args if one is not last)
+    add, other, views = found
     if place.get(other, place[product]) >= place[product] or not in_memory(other):
         return False  # nothing is moved: the other summand must be there when the product is made
     columns = product.meta["val"].shape[1]
@@ -55,6 +46,6 @@ def _take_addition(graph: Graph, product: Node, place: dict[Node, int]) -> bool:
             flat = call(graph, _aten.reshape.default, (other, [-1, columns]), other)
         whole = call(graph, product.target, (*product.args, flat), add)
     product.replace_all_uses_with(whole)
-    add.replace_all_uses_with(last if views else whole)
+    add.replace_all_uses_with(views[-1] if views else whole)
     erase_unused(graph, [add, product])
     return True
