@@ -95,7 +95,7 @@ PATCHES = (
     Patch(
         id="compiling.fused_norms",
         challenge="C",
-        summary="Unsloth's compiled layers do each residual addition inside the norm beside it, forward and backward (by itself on Hopper)",
+        summary="Unsloth's compiled layers do residual additions inside the norm or product beside them, and small kernels together (by itself on Hopper)",
         targets=(Target(_BLOCKS, "patch_block_compile", _SINCE, ("2028faa98103725a",)),),
         changes=_in_layers,
         run_time_only="its kernels and the pass over Inductor's graphs go with it",

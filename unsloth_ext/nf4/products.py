@@ -29,9 +29,10 @@ def sum_of_products(
 ) -> torch.Tensor:
     """The sum over i of x_i W_i^T, or of x_i W_i where not `transposed`, and of `onto`.
 
-    xs: [T, K_i] of one dtype and device. weights: [N, K_i], where not `transposed` [K_i, N], of the same. onto: [T, N] of the
-    same, or None. Returns [T, N], contiguous, in that dtype. Not differentiable. The kernel rounds the whole sum once, one product after the other rounds each; which it is
-    depends on shapes, layouts and the card, not on the values. An infinity in `onto` makes NaNs of up to 256 columns of its row in the kernel. Raises ValueError for shapes, dtypes or devices that do not fit.
+    xs: [T, K_i] of one dtype and device. weights: [N, K_i], where not `transposed` [K_i, N], of the same. onto: [T, N] of the same, or
+    None. Returns [T, N], contiguous, in that dtype. Not differentiable. The kernel rounds the whole sum once, one product after the
+    other rounds each; which it is depends on shapes, layouts and the card, not on the values. An infinity in `onto` makes NaNs of up to
+    256 columns of its row in the kernel. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if not xs or len(xs) != len(weights):
         raise ValueError(f"as many weights as inputs are needed, at least one, got {len(xs)} and {len(weights)}")
@@ -58,7 +59,8 @@ def _check(xs, weights, transposed, onto) -> int:
         onto.shape != (first.shape[0], columns) or onto.dtype != first.dtype or onto.device != first.device
     ):
         raise ValueError(
-            f"what the sum goes onto must be {[first.shape[0], columns]} as the inputs are, got {list(onto.shape)} {onto.dtype} on {onto.device}"
+            f"what the sum goes onto must be {[first.shape[0], columns]} as the inputs are, got {list(onto.shape)} "
+            f"{onto.dtype} on {onto.device}"
         )
     return columns
 
