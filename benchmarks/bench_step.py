@@ -49,6 +49,7 @@ VARIANTS = {  # name -> stack, use_gradient_checkpointing, scope of compile_mode
     "Unsloth, checkpointing True": ("unsloth", True, None),
     "Unsloth, checkpointing False": ("unsloth", False, None),
     "ours, checkpointing False, not compiled by us": ("ours", False, None),
+    "ours, checkpointing 'unsloth', not compiled by us": ("ours", "unsloth", None),
     "ours, checkpointing 'unsloth', block": ("ours", "unsloth", "block"),
     "ours, checkpointing False, block": ("ours", False, "block"),
     "ours, checkpointing False, step": ("ours", False, "step"),
@@ -435,7 +436,6 @@ def run_alone(case: str, variant: str, folder: Path, args) -> dict:
     environment = dict(os.environ)
     if VARIANTS[variant][0] in ("unsloth", "transformers"):
         environment["UNSLOTH_EXT_DISABLE"] = "all"
-    environment["UNSLOTH_EXT_PACKED"] = "1"
     caches = Path(args.lock).parent / f"caches of {case}, {variant}"  # cold, and nobody else's
     environment |= {
         "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),

@@ -1,10 +1,11 @@
 # ruff: noqa: E402  (in the order that patches need)
-"""Unsloth's trainers on packed rows: `packed_trainers_on_card.py packing|padding_free|dpo 0|1`, with 1 by the package's patches for packed
-batches. The last line is JSON: losses, gradient norms, calls of packed attention."""
+"""Unsloth's trainers on packed rows: `packed_trainers_on_card.py packing|padding_free|dpo 0|1 kept|checkpointed`, with 1 by the package's
+patches for packed batches. The last line is JSON: losses, gradient norms, calls of packed attention, graphs, seconds of training."""
 
 import json
 import os
 import sys
+import time
 
 os.environ["UNSLOTH_EXT_PACKED"] = sys.argv[2]
 
@@ -38,7 +39,7 @@ def texts(count):
     ]
 
 
-def main(kind):
+def main(kind, layers):
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(ensure_base("embedded")), max_seq_length=256, dtype=torch.bfloat16, load_in_4bit=True
     )
@@ -49,7 +50,7 @@ def main(kind):
         lora_dropout=0,
         target_modules=TARGETS,
         random_state=1,
-        use_gradient_checkpointing=False,
+        use_gradient_checkpointing="unsloth" if layers == "checkpointed" else False,
     )
     common = dict(
         output_dir="out", max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1,
@@ -66,10 +67,14 @@ def main(kind):
         rows = Dataset.from_list([{"text": text} for text in texts(90)])
         arguments = SFTConfig(**common, dataset_text_field="text", **{kind: True})
         trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    start = time.perf_counter()
     trainer.train()
+    seconds = round(time.perf_counter() - start, 1)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    print(json.dumps({"losses": [e["loss"] for e in log], "norms": [e["grad_norm"] for e in log], "calls": CALLS[0]}))
+    found = {"losses": [e["loss"] for e in log], "norms": [e["grad_norm"] for e in log], "calls": CALLS[0]}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print(json.dumps(found | {"graphs": graphs, "seconds": seconds}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[3])

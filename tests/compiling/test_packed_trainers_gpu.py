@@ -6,9 +6,11 @@ from on_card import NEEDS, on_card
 pytestmark = NEEDS
 
 
+@pytest.mark.parametrize("layers", ["kept", "checkpointed"])
 @pytest.mark.parametrize("kind", ["packing", "padding_free", "dpo"])
-def test_the_training_of_unsloth(tmp_path, kind):
-    theirs, ours = (on_card("packed_trainers_on_card.py", tmp_path, kind, packed) for packed in "01")
+def test_the_training_of_unsloth(tmp_path, kind, layers):
+    theirs, ours = (on_card("packed_trainers_on_card.py", tmp_path, kind, packed, layers) for packed in "01")
+    print(theirs, ours)
     assert len(ours["losses"]) == 6 and theirs["calls"] == 0
     if not ours["calls"]:
         pytest.skip("Unsloth attends by xformers or by torch's varlen here: nothing of ours was called")

@@ -100,7 +100,8 @@ def compile_model(
 
     model: a causal language model of one of FAMILIES, as transformers, peft or Unsloth's FastLanguageModel gives it, adapters
         included. LoRA, 4-bit layers, gradient checkpointing, padded, packed and padding-free batches are all inside.
-        Unsloth's fast path takes packed and padding-free ones only under UNSLOTH_EXT_PACKED=1; without it they are a `CompileError`.
+        On cards other than Hopper, Unsloth's fast path takes packed and padding-free ones only under UNSLOTH_EXT_PACKED=1; without it
+        they are a `CompileError`.
     scope: "block" compiles one region a class of decoder layers, which all layers of the class share; embedding, final norm
         and loss stay as they are. "step" compiles the model's whole forward, with the loss where labels are given.
     dynamic: True for one graph for all lengths and all batch sizes above 1; False for one a shape; None lets Dynamo decide.

@@ -7,6 +7,8 @@ transformers' names (`packed.py`); a layer reads them and nothing else, traced o
 
 `packed_seq_lengths` stays a key of what the layers are given, with None in it: that is how the model knows that a row may be
 longer than max_seq_length, and how block compile knows that no layer will read lengths on the host.
+
+Packed layers are on by themselves on Hopper, with UNSLOTH_EXT_PACKED=1 elsewhere, and Gemma 2's softcap with UNSLOTH_EXT_PACKED=1 only.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..patching import Patch, SetAttribute, Target
+from .measured_cards import refuse_where_not_measured
 
 if TYPE_CHECKING:
     import torch
 
 _PACKING, _DISPATCH, _LLAMA = "unsloth.utils.packing", "unsloth.utils.attention_dispatch", "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
-_SWITCH = "UNSLOTH_EXT_PACKED"  # until TRL's packed trainers have been run with it on a card, to their end
+_SWITCH = "UNSLOTH_EXT_PACKED"
 _READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_metadata is in
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _NEEDS_ATTENTION = "traced layers need a packed attention that traces, and a patch would have to bring the package's"
@@ -46,6 +49,7 @@ _latest: dict[Any, SeqInfo] = {}  # by device: outside a graph all layers share 
 def _metadata(module, target):
     import torch
 
+    refuse_where_not_measured(_SWITCH)
     original, cover = module.get_packed_info_from_kwargs, module.cover_padded_cu_seqlens
     is_compiling = torch.compiler.is_compiling
 
@@ -82,6 +86,7 @@ def _attention(module, target):
 
     from .attention import packed_attention, refusal
 
+    refuse_where_not_measured(_SWITCH)
     original, is_compiling = module._run_attention, torch.compiler.is_compiling
     sdpa, xformers, has_varlen = module.SDPA, module.XFORMERS, module._TORCH_VARLEN_ATTN is not None
 
@@ -116,7 +121,12 @@ def _attention(module, target):
     return [SetAttribute(module, "_run_attention", _run_attention)]
 
 
-def _layers(original):
+def _layers(module, target):
+    refuse_where_not_measured(_SWITCH)
+    return [SetAttribute(module, "LlamaModel_fast_forward", _with_boundaries(module.LlamaModel_fast_forward))]
+
+
+def _with_boundaries(original):
     import torch
 
     @functools.wraps(original)
@@ -323,6 +333,7 @@ PATCHES = (
         changes=_metadata,
         run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
+        on_unless_switched_off=True,
     ),
     Patch(
         id="compiling.packed_attention",
@@ -333,6 +344,7 @@ PATCHES = (
         changes=_attention,
         run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
+        on_unless_switched_off=True,
     ),
     Patch(
         id="compiling.flex_softcap",
@@ -347,15 +359,16 @@ PATCHES = (
     Patch(
         id="compiling.packed_layers",
         challenge="C",
-        summary="a packed batch's boundaries are found once, before the layers, and Unsloth's block compile takes its layers",
+        summary="a packed batch's boundaries are found once, before the layers, and Unsloth's block compile takes its layers (by itself on Hopper)",
         targets=(_MODEL,),
         relies_on=(
             _GET_INFO,
             _RUN,
             Target("unsloth.models._block_compile", "_wrap", _SINCE, ("370a8675ff63a08a", "b464d1c7a1cb8c2e")),
         ),
-        replace=_layers,
+        changes=_layers,
         run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
+        on_unless_switched_off=True,
     ),
 )
