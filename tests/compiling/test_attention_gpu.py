@@ -14,6 +14,7 @@ from unsloth_ext.compiling.attention_cudnn import cudnn_attention
 from unsloth_ext.compiling.attention_efficient import efficient_attention
 from unsloth_ext.compiling.attention_flash4 import flash4_attention
 from unsloth_ext.compiling.attention_flex import block_masks
+from unsloth_ext.compiling.attention_rows import row_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -180,3 +181,51 @@ def test_rows_with_strides():
     strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in row[:3]]
     assert not strided[0].is_contiguous()
     assert torch.equal(packed_attention(*strided, cu_seqlens, 384), wanted)
+
+
+def rows_on_card(batch, length, dtype, width, heads=8, kv_heads=2):
+    """Rows as a model hands them over, [B, T, H, D], and their exact attention."""
+    given = row_on_card([length] * batch, dtype, width, heads, kv_heads)
+    rows = [t.detach().view(batch, length, -1, width).requires_grad_(i < 3) for i, t in enumerate(given)]
+    if reason := refusal("flash4", rows[0]):
+        pytest.skip(reason)
+
+    def wanted(**options):
+        return [
+            t.view(batch, length, -1, width) for t in exact(*given, boundaries([length] * batch, "cuda"), **options)
+        ]
+
+    return rows, wanted
+
+
+@pytest.mark.parametrize(
+    "dtype, width, window, heads, kv_heads",
+    [
+        (torch.bfloat16, 128, None, 8, 2),
+        (torch.bfloat16, 64, 100, 8, 1),
+        (torch.float16, 128, 5000, 6, 6),
+        (torch.float16, 96, 100, 8, 2),
+    ],
+)
+def test_rows(dtype, width, window, heads, kv_heads):
+    for batch, length in ((1, 1024), (3, 129), (2, 1), (4, random.randint(2, 1500))):
+        rows, wanted = rows_on_card(batch, length, dtype, width, heads, kv_heads)
+        found = result_and_gradients(row_attention, *rows, 0.1, window)
+        assert worst(found, wanted(scale=0.1, window=window)) < BOUNDS[dtype], (batch, length)
+
+
+def test_one_graph_for_rows_of_any_length():
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(row_attention, backend=counter, fullgraph=True, dynamic=True)
+    for batch, length in ((3, 700), (4, 1111), (5, 2048), (3, 130)):
+        rows, wanted = rows_on_card(batch, length, torch.bfloat16, 128)
+        strided = [
+            t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(i < 3) for i, t in enumerate(rows)
+        ]
+        assert worst(result_and_gradients(compiled, *strided), wanted()) < BOUNDS[torch.bfloat16]
+    assert counter.frame_count == 1
+    torch.library.opcheck(
+        flash4_attention,
+        (*rows[:3], None, 130, 0.125, None),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )

@@ -112,7 +112,7 @@ def test_one_graph_for_64_packings():
 def test_one_graph_of_the_card_s_kernels(backend, dtype, operator, monkeypatch):
     """Traced with tensors that pretend to be on a card: grouped heads, a window, any packing, one operator."""
     for room in (attention_cudnn, attention_flash4):
-        monkeypatch.setattr(room, "lacking", lambda index: "")
+        monkeypatch.setattr(room, "lacking", lambda *which: "")
     graphs = []
 
     def keep(graph, inputs):
@@ -135,7 +135,7 @@ def test_one_graph_of_the_card_s_kernels(backend, dtype, operator, monkeypatch):
 
 
 def test_the_choice(monkeypatch):
-    monkeypatch.setattr(attention_cudnn, "lacking", lambda index: "not here")
+    monkeypatch.setattr(attention_cudnn, "lacking", lambda *which: "not here")
     assert choose(torch.empty(4, 2, 16)) == "exact"
     with FakeTensorMode():
         for dtype, width, softcap, wanted in (
@@ -159,7 +159,7 @@ def test_the_choice_where_it_can_be_had(monkeypatch, name):
             (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 256), (torch.float32, 64))]  # fmt: skip
         huge = torch.empty(2**17, 128, 128, dtype=torch.bfloat16, device="cuda")
         for backend, room in rooms.items():
-            monkeypatch.setattr(room, "lacking", lambda index, backend=backend: "" if backend == name else "not here")
+            monkeypatch.setattr(room, "lacking", lambda *which, backend=backend: "" if backend == name else "not here")
         assert [choose(query) for query in queries] == [name, name, "flash", "efficient"]
         assert choose(huge) == "flash"
         assert choose(queries[0], softcap=2.0) == "flex"
@@ -174,7 +174,7 @@ def test_the_choice_where_it_can_be_had(monkeypatch, name):
             assert "deterministic" in refusal(name, queries[0])
         finally:
             torch.use_deterministic_algorithms(False)
-        monkeypatch.setattr(rooms["cudnn"], "lacking", lambda index: "")
+        monkeypatch.setattr(rooms["cudnn"], "lacking", lambda *which: "")
         monkeypatch.setattr(attention, "PREFERRED", attention._preferred(""))
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
         assert choose(queries[0]) == name  # the first of both
@@ -234,7 +234,7 @@ def test_where_flash_attention_4_cannot_be_had(monkeypatch, capability, interfac
 
 
 def test_flash_attention_4_is_tried_before_it_is_taken(monkeypatch, caplog):
-    def wrong(device):
+    def wrong(device, packed):
         raise RuntimeError("its first dq was off by 1.0e+00")
 
     monkeypatch.setattr(torch.version, "hip", None)

@@ -119,7 +119,7 @@ def choose(query: torch.Tensor, softcap: float | None = None) -> str:
 
 
 def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> str:
-    """Why `backend` cannot take this query; "" where it can."""
+    """Why `backend` cannot take this query, [T, H, D]; "" where it can. "flash4" also takes rows, [B, T, H, D]."""
     width, half = query.shape[-1], query.dtype in (torch.float16, torch.bfloat16)
     if backend == "exact":
         return ""
@@ -148,7 +148,7 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
             return "the query has 2**31 elements or more"  # cuDNN's offsets are int32
         if torch.are_deterministic_algorithms_enabled():
             return "its backward is not deterministic"  # cuDNN has one, with memory for every pair of tokens
-        return _lacking(backend, query.device.index)
+        return _lacking(backend, query.device.index, query.dim() == 3)
     if width > 256:
         return f"head sizes to 256, this is {width}"
     return "it needs Ampere or newer, this card is older" if _too_old(query.device.index) else ""
@@ -168,10 +168,10 @@ def _another_flash() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _lacking(backend: str, index: int | None) -> str:
+def _lacking(backend: str, index: int | None, packed: bool) -> str:
     from . import attention_cudnn, attention_flash4
 
-    return {"cudnn": attention_cudnn, "flash4": attention_flash4}[backend].lacking(index)
+    return attention_flash4.lacking(index, packed) if backend == "flash4" else attention_cudnn.lacking(index)
 
 
 def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):

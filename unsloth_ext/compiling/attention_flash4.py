@@ -1,8 +1,8 @@
-"""Packed attention by FlashAttention 4's variable-length kernels, from the package flash-attn-4: `unsloth_ext::flash4_attention`.
+"""Causal attention by FlashAttention 4, of packed documents or of rows, from the package flash-attn-4: `unsloth_ext::flash4_attention`.
 
-On an H200 they take five sixths of the time of cuDNN's and little more than half of flash attention 2's (benchmarks/NOTES.md), and they sum
-the gradients of grouped key heads in fp32. They are written in CuTe DSL and compiled when first called: some six seconds to import, six
-more for a forward and its backward.
+On an H200 its variable-length kernels take five sixths of the time of cuDNN's and little more than half of flash attention 2's, those for
+rows 0.83 to 0.98 of cuDNN's (benchmarks/NOTES.md), and they sum the gradients of grouped key heads in fp32. They are written in CuTe DSL and
+compiled when first called: some six seconds to import, six more for a forward and its backward.
 
 The package is a beta: its functions are called by the names of their arguments, a version whose signature is another is not taken, nor
 one whose first results differ from attention computed in fp32. torch's own way to it, `activate_flash_attention_impl("FA4")`, unpacks two
@@ -30,9 +30,9 @@ _SIDES = {name: (f"{name}_q", f"{name}_k") for name in ("cu_seqlens", "max_seqle
 _NEAR = 2e-2  # of the largest value, bf16: what a first result may be off
 
 
-def lacking(index: int | None) -> str:
-    """Why flash-attn-4 cannot be had on card `index`; "" where it can. It is asked by a forward and a backward, once a process; where it is
-    installed and does not do that, or wrongly, the log says so."""
+def lacking(index: int | None, packed: bool = True) -> str:
+    """Why flash-attn-4 cannot be had on card `index` for packed documents, or for rows; "" where it can. It is asked by a forward and a
+    backward, once a process; where it is installed and does not do that, or wrongly, the log says so."""
     if torch.cuda.device_count() == 0 or torch.version.hip is not None:
         return "there is no NVIDIA card"
     if torch.cuda.get_device_capability(index)[0] != 9:
@@ -43,18 +43,22 @@ def lacking(index: int | None) -> str:
         return f"it needs flash-attn-4 ({' '.join(str(error).split())[:200]})"
     if torch.cuda.is_current_stream_capturing():
         return "it cannot be tried while a CUDA graph is captured"
-    return _tried(index)
+    return _tried(index, packed)
 
 
 @functools.cache
-def _tried(index: int | None) -> str:
+def _tried(index: int | None, packed: bool) -> str:
     try:
-        _try(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+        _try(torch.device("cuda", torch.cuda.current_device() if index is None else index), packed)
     except torch.OutOfMemoryError:  # says nothing about it
         raise
     except Exception as error:
         why = f"flash-attn-4 does not do it ({' '.join(str(error).split())[:200]})"
-        _log.warning("unsloth_ext: packed attention is left to other kernels: %s", why)
+        _log.warning(
+            "unsloth_ext: attention %s is left to other kernels: %s",
+            "of packed documents" if packed else "of rows",
+            why,
+        )
         return why
     return ""
 
@@ -64,24 +68,27 @@ def flash4_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
     scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [T, H, D], key and value [T, H_kv, D], cu_seqlens [n + 1] int32 from 0 to T -> [T, H, D] and the log-sum-exp [H, T] in
-    fp32."""
-    if query.shape[0] == 0:
-        return query.new_empty(query.shape), query.new_empty((query.shape[1], 0), dtype=torch.float32)
+    fp32. Without cu_seqlens rows of max_seqlen tokens: [B, T, H, D], [B, T, H_kv, D] -> [B, T, H, D], [B, H, T]."""
+    if query.numel() == 0:
+        return _empty(query)
     forward, _ = _kernels()
     tensors = dict(zip(_FORWARD, (query, key, value), strict=True))
     found = _call(forward, tensors, cu_seqlens, max_seqlen, scale, window, return_lse=True)
     return found[0], found[1]
 
 
-@flash4_attention.register_fake
-def _(query, key, value, cu_seqlens, max_seqlen, scale, window):
-    return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+def _empty(query):
+    *rows, tokens, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((*rows, heads, tokens), dtype=torch.float32)
+
+
+flash4_attention.register_fake(lambda query, *rest: _empty(query))
 
 
 @torch.library.custom_op("unsloth_ext::flash4_attention_backward", mutates_args=(), device_types="cuda")
@@ -92,13 +99,13 @@ def flash4_attention_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
     scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, in their dtypes and contiguous."""
-    if query.shape[0] == 0:
+    if query.numel() == 0:
         return tuple(t.new_empty(t.shape) for t in (query, key, value))
     _, backward = _kernels()
     tensors = dict(zip(_BACKWARD, (query, key, value, out, grad, logsumexp), strict=True))
@@ -126,10 +133,11 @@ def _kernels():
 def _call(function, tensors, cu_seqlens, max_seqlen, scale, window, **more):
     """One of the two. Raises RuntimeError, with what may do it instead, where flash-attn-4 raises anything but a lack of memory."""
     query = tensors["q"]
-    longest = min(max_seqlen, query.shape[0])
+    longest = min(max_seqlen, query.shape[-3])
     left = None if window is None or window >= longest else window - 1
-    for name, given in (("cu_seqlens", cu_seqlens.contiguous()), ("max_seqlen", longest)):
-        more |= dict.fromkeys(_SIDES[name], given)
+    if cu_seqlens is not None:
+        for name, given in (("cu_seqlens", cu_seqlens.contiguous()), ("max_seqlen", longest)):
+            more |= dict.fromkeys(_SIDES[name], given)
     more |= {name: tensor.contiguous() for name, tensor in tensors.items()}
     more |= {"window_size_left": left, "window_size_right": None if left is None else 0}
     with torch.cuda.device(query.device), _lock:
@@ -139,12 +147,12 @@ def _call(function, tensors, cu_seqlens, max_seqlen, scale, window, **more):
             raise
         except Exception as error:
             raise RuntimeError(
-                f"flash-attn-4 refuses packed attention of {list(query.shape)} {query.dtype}: {error}\nbackend='cudnn' or 'flash' may do "
+                f"flash-attn-4 refuses attention of {list(query.shape)} {query.dtype}: {error}\nbackend='cudnn' or 'flash' may do "
                 "it; for every model of a process: UNSLOTH_EXT_PACKED_ATTENTION=cudnn,flash"
             ) from error
 
 
-def _try(device: torch.device) -> None:
+def _try(device: torch.device, packed: bool) -> None:
     """Raises RuntimeError if a forward and a backward do not give what fp32 gives."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -154,13 +162,15 @@ def _try(device: torch.device) -> None:
     with unset_fake_temporarily(), plain[0], plain[1], plain[2]:
         generator = torch.Generator(device).manual_seed(0)  # leaves the user's random state alone
         row = [torch.randn(400, heads, 128, device=device, generator=generator).bfloat16() for heads in (8, 2, 2, 8)]
-        ends = torch.tensor([0, 150, 400], dtype=torch.int32, device=device)
+        ends = torch.tensor([0, 150 if packed else 200, 400], dtype=torch.int32, device=device)
         rest = 128**-0.5, None
-        out, logsumexp = flash4_attention(*row[:3], ends, 250, *rest)
-        found = out, *flash4_attention_backward(row[3], *row[:3], out, logsumexp, ends, 250, *rest)
+        given, where = (row, (ends, 250)) if packed else ([t.unflatten(0, (2, 200)) for t in row], (None, 200))
+        out, logsumexp = flash4_attention(*given[:3], *where, *rest)
+        found = out, *flash4_attention_backward(given[3], *given[:3], out, logsumexp, *where, *rest)
         exact = packed_attention(*row[:3], ends, *rest, None)
         wanted = exact[0], *packed_attention_backward(row[3], *row[:3], *exact, ends, *rest, None)
         for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+            ours = ours.view(theirs.shape)
             off = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
             if not off < _NEAR:
                 raise RuntimeError(f"its first {name} was off by {off:.1e}")

@@ -10,14 +10,19 @@ length that it is traced with is full: then it is for full lengths, and the firs
 others. As long as no graph was traced with a full length, one serves all of them, full ones padded, as upstream's does: whoever
 trains on batches of any length gets no recompilation for a full one among a hundred. One operator for both, which asks when it runs, was
 quicker on full rows and slower on short ones, where the host is the limit (benchmarks/NOTES.md).
+
+Where the package flash-attn-4 is installed, none of that happens to larger batches in a graph (attention_rows.py): no plan for each length,
+no padding, and no [T, T] mask for a sliding window.
 """
 
 from __future__ import annotations
 
 import functools
 
-from ..patching import Patch, Target
+from ..patching import Patch, SetAttribute, Target
+from .measured_cards import refuse_where_not_measured
 
+_SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"
 _DISPATCH = "unsloth.utils.attention_dispatch"
 _SINCE = ">=2026.10.9"
 
@@ -66,6 +71,45 @@ def _is_asking() -> bool:
     return _asks_here
 
 
+def is_plain(module, config, context) -> bool:
+    """Whether Unsloth asks for causal attention and no more than a scale and a window. module: its dispatch."""
+    return (
+        context.attention_mask is None
+        and context.prefix_seg_info is None
+        and context.is_causal
+        and context.q_len == context.kv_seq_len
+        and module._configured_softcap(config) is None
+        and not set(config.sdpa_kwargs or ()) - {"scale"}
+    )
+
+
+def scale_and_window(config, context) -> tuple[float | None, int | None]:
+    """(of the scores, None where it is 1 / sqrt(D); of the layer, None where it has none)"""
+    scale = (config.sdpa_kwargs or {}).get("scale")
+    if scale is None:
+        scale = (config.flash_varlen_kwargs or {}).get("softmax_scale")
+    window = context.sliding_window
+    return scale, window if window is not None and window > 0 else None
+
+
+def _rows(module, target):
+    from .attention_rows import refusal, row_attention
+
+    refuse_where_not_measured(_SWITCH)
+    original, backends = module._run_attention, (module.SDPA, module.XFORMERS)  # the second, in a graph, is the first
+
+    @functools.wraps(original)
+    def _run_attention(*, config, context, Q, K, V):
+        if context.seq_info is None and config.backend in backends and is_plain(module, config, context):
+            query, key, value = (t.transpose(1, 2) for t in (Q, K, V))
+            # Context parallelism puts its own attention under SDPA, on parts of the rows.
+            if not refusal(query, key, value) and module.get_cp_manager() is None:
+                return row_attention(query, key, value, *scale_and_window(config, context))
+        return original(config=config, context=context, Q=Q, K=K, V=V)
+
+    return [SetAttribute(module, "_run_attention", _run_attention)]
+
+
 PATCHES = (
     Patch(
         id="compiling.unpadded_attention",
@@ -81,5 +125,16 @@ PATCHES = (
             Target(_DISPATCH, "scaled_dot_product_attention", _SINCE, ("253ad255a487f7a2",)),
         ),
         replace=_bucketed,
+    ),
+    Patch(
+        id="compiling.row_attention",
+        challenge="C",
+        summary="attention of a compiled layer by FlashAttention 4 where flash-attn-4 is installed: less time, no plan for each new length, no mask for a window (by itself on Hopper)",
+        targets=(Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",)),),
+        relies_on=(Target("unsloth.context_parallel", "get_cp_manager", _SINCE, ("93818e36ae785d23",)),),
+        changes=_rows,
+        run_time_only="the operator around flash-attn-4 that a graph needs would have to come with it",
+        switch=_SWITCH,
+        on_unless_switched_off=True,
     ),
 )

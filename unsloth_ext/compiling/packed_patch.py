@@ -18,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..patching import Patch, SetAttribute, Target
+from .attention_patch import is_plain, scale_and_window
 from .measured_cards import refuse_where_not_measured
 
 if TYPE_CHECKING:
@@ -91,11 +92,7 @@ def _attention(module, target):
     sdpa, xformers, has_varlen = module.SDPA, module.XFORMERS, module._TORCH_VARLEN_ATTN is not None
 
     def takes(config, context, Q, K):
-        if context.attention_mask is not None or context.prefix_seg_info is not None or not context.is_causal:
-            return False
-        if context.bsz != 1 or context.q_len != context.kv_seq_len or module._configured_softcap(config) is not None:
-            return False
-        if set(config.sdpa_kwargs or ()) - {"scale"}:
+        if context.bsz != 1 or not is_plain(module, config, context):
             return False
         if is_compiling():  # elsewhere the graph would break, or depend on the number of documents
             return config.backend in (sdpa, xformers)
@@ -107,12 +104,7 @@ def _attention(module, target):
         info = context.seq_info
         if info is None or not isinstance(info, SeqInfo) or not takes(config, context, Q, K):
             return original(config=config, context=context, Q=Q, K=K, V=V)
-        scale = (config.sdpa_kwargs or {}).get("scale")
-        if scale is None:
-            scale = (config.flash_varlen_kwargs or {}).get("softmax_scale")
-        window = context.sliding_window
-        if window is not None and window <= 0:
-            window = None
+        scale, window = scale_and_window(config, context)
         if not Q.dtype == K.dtype == V.dtype:  # DoRA leaves some of the three in fp32
             Q, K = Q.to(V.dtype), K.to(V.dtype)
         rows = (t.squeeze(0).transpose(0, 1) for t in (Q, K, V))

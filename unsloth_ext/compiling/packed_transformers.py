@@ -5,7 +5,7 @@
 
 From then on a padding-free batch (TRL's `padding_free=True` or `packing=True`, `DataCollatorWithFlattening`) runs
 `packed_attention` in every layer, eager or compiled, and no [T, T] mask is made. Padded batches, evaluation and generation
-run as they did, by SDPA. A model with a softcap (Gemma 2), which SDPA would ignore, gets it in both.
+run as they did, by SDPA, but for compiled layers on rows without padding where flash-attn-4 is installed (`attention_rows.py`). A model with a softcap (Gemma 2), which SDPA would ignore, gets it in both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from .attention import BACKENDS, packed_attention
 from .attention_flex import block_masks
+from .attention_rows import refusal, row_attention
 from .packed import _in_packed_forward, packed_arguments
 
 _NAMES = {
@@ -137,6 +138,10 @@ def _attention(backend):
             return out.unsqueeze(0), None
         if softcap is not None:
             return _softcapped(query, key, value, attention_mask, dropout, scaling, softcap, is_causal, module.training)
+        if backend in ("auto", "flash4") and attention_mask is None and is_causal and not dropout:
+            rows = [t.transpose(1, 2) for t in _one_dtype(query, key, value)]
+            if not refusal(*rows) and kwargs.get("s_aux") is None and kwargs.get("position_bias") is None:
+                return row_attention(*rows, scaling, window), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

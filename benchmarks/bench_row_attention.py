@@ -1,0 +1,105 @@
+"""Causal attention of a batch's rows: FlashAttention 4 as a compiled layer calls it, beside torch's SDPA with cuDNN's kernels, which Unsloth takes on Hopper.
+
+    python benchmarks/bench_row_attention.py        # on a Hopper card with flash-attn-4, under a minute
+
+bf16, forward and backward apart. Times are the card's, between events around one call at a time, in turns, with a buffer larger than the
+card's cache written between calls; the host has put the next calls into the queue by then. "new length" is what the host waits for a
+forward and a backward of a length that was not there before, without the padding to 128 by which Unsloth makes such lengths few. Cases:
+heads, key and value heads, head size, rows, tokens of a row.
+"""
+
+import time
+
+import record
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CASES = {
+    "Llama 3.1 8B, 2 x 4096": (32, 8, 128, 2, 4096),
+    "Llama 3.1 8B, 8 x 1024": (32, 8, 128, 8, 1024),
+    "Llama 3.1 8B, 1 x 8192": (32, 8, 128, 1, 8192),
+    "Llama 3.1 8B, 1 x 32768": (32, 8, 128, 1, 32768),
+    "Llama 3.2 1B, 2 x 2048": (32, 8, 64, 2, 2048),
+}
+ROUNDS, NEW_LENGTHS = 12, 5
+
+
+def sdpa(query, key, value):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+def tensors(case: str, length: int) -> list[torch.Tensor]:
+    heads, kv_heads, width, batch, _ = CASES[case]
+    shapes = (heads, kv_heads, kv_heads, heads)
+    return [
+        torch.randn(batch, length, n, width, device="cuda", dtype=torch.bfloat16, requires_grad=i < 3)
+        for i, n in enumerate(shapes)
+    ]
+
+
+def measure(case: str) -> list[dict]:
+    from unsloth_ext.compiling.attention_rows import row_attention
+
+    ways, length = {"cudnn": sdpa, "flash4": row_attention}, CASES[case][-1]
+    query, key, value, upstream = tensors(case, length)
+    cache = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    times = {(name, part): [] for name in ways for part in ("forward", "backward", "new length")}
+    first = {}
+    for round in range(ROUNDS + 2):
+        for name, attend in ways.items():
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            torch.cuda._sleep(2_000_000)  # a millisecond, in which the host queues what follows
+            cache.zero_()
+            marks[0].record()
+            out = attend(query, key, value)
+            marks[1].record()
+            cache.zero_()
+            marks[2].record()
+            found = torch.autograd.grad(out, (query, key, value), upstream)
+            marks[3].record()
+            torch.cuda.synchronize()
+            if round >= 2:  # before, plans are made and kernels compiled
+                times[name, "forward"].append(marks[0].elapsed_time(marks[1]))
+                times[name, "backward"].append(marks[2].elapsed_time(marks[3]))
+            elif round == 0:
+                first[name] = (out.detach(), *found)
+    for shorter in range(1, NEW_LENGTHS + 1):
+        *inputs, upstream = tensors(case, length - 7 * shorter)
+        for name, attend in ways.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.autograd.grad(attend(*inputs), inputs, upstream)
+            torch.cuda.synchronize()
+            times[name, "new length"].append((time.perf_counter() - start) * 1e3)
+    rows = []
+    for name in ways:
+        row = {"case": case, "backend": name, "unit": "ms", "baseline": "cudnn"}
+        row |= {part: record.percentiles(times[name, part]) for part in ("forward", "backward", "new length")}
+        both = [sum(pair) for pair in zip(times[name, "forward"], times[name, "backward"], strict=True)]
+        row["both"] = record.percentiles(both)
+        row["off cudnn"] = max(
+            ((a.float() - b.float()).norm() / b.float().norm()).item()
+            for a, b in zip(first[name], first["cudnn"], strict=True)
+        )
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    from unsloth_ext.compiling.attention import refusal
+
+    if not torch.cuda.is_available():
+        print("bench_row_attention: it needs a CUDA card; nothing was measured")
+        return
+    if reason := refusal("flash4", torch.empty(1, 8, 8, 128, device="cuda", dtype=torch.bfloat16)):
+        print(f"bench_row_attention: left out, {reason}")
+        return
+    record.write("row_attention", [row for case in CASES for row in measure(case)], [])
+
+
+if __name__ == "__main__":
+    main()

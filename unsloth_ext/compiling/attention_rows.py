@@ -1,0 +1,46 @@
+"""Plain causal attention of a batch's rows in a graph, by FlashAttention 4 where the package flash-attn-4 is installed.
+
+SDPA takes cuDNN's attention on Hopper, which makes a plan for each new length, a sixth of a second; Unsloth therefore pads lengths to
+multiples of 128, copies of query, key, value and of what comes out. FlashAttention 4 takes any length as it is, and less time: on an H200
+0.92 of cuDNN's at 2 x 4096 tokens, 0.83 at 32768 (benchmarks/NOTES.md). A call costs the host more than SDPA's, 0.2 ms, so small batches
+are left to SDPA.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import attention
+
+LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
+
+
+def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """Why `row_attention` cannot take these, or had better not; "" where it can. Shapes as there. In a graph whose sizes are symbols it
+    makes two graphs of batches with more and with fewer tokens than LEAST."""
+    if not torch.compiler.is_compiling():
+        return "outside a graph each call waits for the host"
+    if "flash4" not in attention.PREFERRED or attention._another_flash():
+        return "other kernels are asked for"
+    if query.shape[1] != key.shape[1] or not query.dtype == key.dtype == value.dtype:
+        return "lengths or dtypes differ"
+    if reason := attention.refusal("flash4", query):
+        return reason
+    return "" if query.shape[0] * query.shape[1] >= LEAST else f"fewer than {LEAST} tokens"
+
+
+def row_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention inside each row. query: [B, T, H, D]; key, value: [B, T, H_kv, D], of 16 bits. -> [B, T, H, D].
+
+    scale: of the scores; 1 / sqrt(D) where None. window: a token reads itself and the window - 1 before it. To be asked for with `refusal`.
+    """
+    from .attention_flash4 import flash4_attention
+
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return flash4_attention(query, key, value, None, query.shape[1], scale, window)[0]
