@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unsloth_ext.compiling import attention, attention_flash4
+from unsloth_ext.compiling.as_traced import like_compiled
 from unsloth_ext.compiling.attention_rows import LEAST, refusal, row_attention
 from unsloth_ext.compiling.packed_transformers import _attention
 
@@ -59,6 +60,8 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
     with FakeTensorMode():
         large, fp32 = rows(2, LEAST), rows(2, LEAST, torch.float32)
         assert refusal(*large) == "outside a graph each call waits for the host"
+        with like_compiled():  # where a compiled layer's forward is run again uncompiled, and its bits are wanted
+            assert refusal(*large) == ""
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert refusal(*large) == ""
         for why, case in {

@@ -16,7 +16,7 @@ _thread = _Thread()
 
 
 def as_traced() -> bool:
-    """Whether the patched operations (projections, rope) are to be those of a compiled layer."""
+    """Whether the patched operations (projections, rope, attention) are to be those of a compiled layer."""
     return torch.compiler.is_compiling() or _thread.asked
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import attention
+from .as_traced import as_traced
 
 LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
 
@@ -18,7 +19,7 @@ LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     """Why `row_attention` cannot take these, or had better not; "" where it can. Shapes as there. In a graph whose sizes are symbols it
     makes two graphs of batches with more and with fewer tokens than LEAST."""
-    if not torch.compiler.is_compiling():
+    if not as_traced():
         return "outside a graph each call waits for the host"
     if "flash4" not in attention.PREFERRED or attention._another_flash():
         return "other kernels are asked for"

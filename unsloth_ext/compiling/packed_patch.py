@@ -83,18 +83,17 @@ def _metadata(module, target):
 
 
 def _attention(module, target):
-    import torch
-
+    from .as_traced import as_traced
     from .attention import packed_attention, refusal
 
     refuse_where_not_measured(_SWITCH)
-    original, is_compiling = module._run_attention, torch.compiler.is_compiling
+    original = module._run_attention
     sdpa, xformers, has_varlen = module.SDPA, module.XFORMERS, module._TORCH_VARLEN_ATTN is not None
 
     def takes(config, context, Q, K):
         if context.bsz != 1 or not is_plain(module, config, context):
             return False
-        if is_compiling():  # elsewhere the graph would break, or depend on the number of documents
+        if as_traced():  # elsewhere the graph would break, or depend on the number of documents
             return config.backend in (sdpa, xformers)
         # torch 2.11's varlen_attn takes no grouped heads, and Unsloth falls to one SDPA call a document.
         return config.backend == sdpa and not has_varlen and Q.is_cuda and not refusal("flash", Q)
