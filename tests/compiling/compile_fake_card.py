@@ -18,7 +18,6 @@ import sys
 import types
 
 os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
-os.environ.setdefault("UNSLOTH_EXT_PACKED", "1")
 
 import torch
 
@@ -145,6 +144,8 @@ FAMILIES = {  # module and class of Unsloth's, class of transformers'
     "qwen2": ("qwen2", "FastQwen2Model", "Qwen2"),
     "qwen3": ("qwen3", "FastQwen3Model", "Qwen3"),
     "gemma2": ("gemma2", "FastGemma2Model", "Gemma2"),
+    "granite": ("granite", "FastGraniteModel", "Granite"),
+    "cohere": ("cohere", "FastCohereModel", "Cohere"),
 }
 
 

@@ -234,7 +234,7 @@ def test_where_flash_attention_4_cannot_be_had(monkeypatch, capability, interfac
 
 
 def test_flash_attention_4_is_tried_before_it_is_taken(monkeypatch, caplog):
-    def wrong(device, packed):
+    def wrong(device, *kind):
         raise RuntimeError("its first dq was off by 1.0e+00")
 
     monkeypatch.setattr(torch.version, "hip", None)

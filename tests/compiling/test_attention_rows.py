@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unsloth_ext.compiling import attention, attention_flash4
+from unsloth_ext.compiling import attention, attention_flash4, attention_rows
 from unsloth_ext.compiling.as_traced import like_compiled
 from unsloth_ext.compiling.attention_rows import LEAST, refusal, row_attention
 from unsloth_ext.compiling.packed_transformers import _attention
@@ -20,8 +20,9 @@ FLASH4 = "unsloth_ext.flash4_attention"
 @pytest.fixture
 def installed(monkeypatch):
     """flash-attn-4 as if it were there, for tensors that pretend to be on a card."""
+    monkeypatch.setattr(attention_rows, "find_spec", lambda name: name == "flash_attn.cute" or None)
     monkeypatch.setattr(
-        attention_flash4, "lacking", lambda index, packed=True: "" if not packed else "asked of documents"
+        attention_flash4, "lacking", lambda index, packed=True, *kind: "" if not packed else "asked of documents"
     )
     torch._dynamo.reset()
 
@@ -64,10 +65,16 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
             assert refusal(*large) == ""
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert refusal(*large) == ""
+        query, key, value = large
         for why, case in {
-            "lengths or dtypes differ": [fp32[0], *large[1:]],
+            "lengths or head sizes differ": (query, *rows(2, 1)[1:]),  # a cache
+            "lengths or head sizes": (query, key, rows(2, LEAST, width=128)[2]),  # latent attention
+            "heads do not share keys evenly": (
+                query,
+                *[torch.empty(2, LEAST, 3, 64, dtype=query.dtype, device="cuda")] * 2,
+            ),
+            "or dtypes differ": (fp32[0], key, value),
             "fp16 or bf16, not torch.float32": fp32,
-            "lengths": [rows(2, 1)[0], *large[1:]],  # a cache
             "it was tried with head sizes of 64, 96 and 128, this is 80": rows(2, LEAST, width=80),
             f"fewer than {LEAST} tokens": rows(1, LEAST - 1),
         }.items():
@@ -77,6 +84,7 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
             (attention, "_another_flash", lambda: True, "other kernels are asked for"),
             (torch, "are_deterministic_algorithms_enabled", lambda: True, "its backward is not deterministic"),
             (attention_flash4, "lacking", lambda *which: "no Hopper", "no Hopper"),
+            (attention_rows, "find_spec", lambda name: None, "flash-attn-4 is not installed"),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(where, what, value)
@@ -112,24 +120,28 @@ SCRIPT = """
 import compile_fake_card as card
 import json, torch, types, unsloth_ext
 from unsloth.utils import attention_dispatch as dispatch
-from unsloth_ext.compiling import attention_flash4
+from unsloth_ext.compiling import attention_flash4, attention_rows
 
-attention_flash4.lacking = lambda index, packed=True: ""
+attention_flash4.lacking, attention_rows.find_spec = lambda *which: "", lambda name: True
 found = {"state": {s.id: [s.state, s.reason] for s in unsloth_ext.status()}["compiling.row_attention"]}
 graphs = []
 
 
 def backend(graph, inputs):
-    graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function" and "attention" in str(n.target)])
+    calls = [n for n in graph.graph.nodes if n.op == "call_function" and "flash4" in str(n.target)]
+    given = lambda value: float(value.meta["example_value"]) if isinstance(value, torch.fx.Node) else value
+    graphs.append([[str(n.target), *map(given, n.args[-2:])] for n in calls])  # scale and window
     return graph.forward
 
 
-def layer(Q, K, V, mask=None, window=None, sdpa=None, backend=None, causal=True):
-    config = dispatch.AttentionConfig(backend=backend or dispatch.SDPA, n_kv_heads=2, n_groups=2, sdpa_kwargs=sdpa)
+def layer(Q, K, V, mask=None, window=None, sdpa=None, backend=None, causal=True, xformers=None, causal_mask=None):
+    config = dispatch.AttentionConfig(
+        backend=backend or dispatch.SDPA, n_kv_heads=2, n_groups=2, sdpa_kwargs=sdpa, xformers_kwargs=xformers
+    )
     total = Q.shape[2]
     context = dispatch.AttentionContext(
         bsz=Q.shape[0], q_len=total, kv_seq_len=total, requires_grad=True, seq_info=None, attention_mask=mask,
-        causal_mask=None, n_heads=4, head_dim=64, training=True, sliding_window=window, is_causal=causal,
+        causal_mask=causal_mask, n_heads=4, head_dim=64, training=True, sliding_window=window, is_causal=causal,
     )
     return dispatch.run_attention(config=config, context=context, Q=Q, K=K, V=V)
 
@@ -143,14 +155,22 @@ def traced(*lengths, **more):
             rows = [torch.randn(2, length, n, 64, dtype=torch.bfloat16).transpose(1, 2) for n in (4, 2, 2)]
         with card.MODE:
             assert compiled(*rows, **more).shape == (2, length, 4, 64)
-    return [[name for name in names if "flash4" in name] for names in graphs]
+    return list(graphs)
 
 
 found["any length"] = traced(2048, 3000, 5001)
 found["both sides"] = traced(2200, 100, 300, 2300)
 found["window"] = traced(2100, window=100)
 found["scale"] = traced(2100, sdpa={"scale": 0.5})
+found["no dropout"] = traced(2100, sdpa={"dropout_p": 0.0})
 found["xformers"] = traced(2100, backend=dispatch.XFORMERS)
+dispatch.xformers_attention, asked = None, []  # not there: a call of it ends the trace
+for name, more in (("its options", {"xformers": {"p": 0.1}}), ("a mask for it", {"causal_mask": torch.zeros(1)})):
+    try:
+        traced(2100, backend=dispatch.XFORMERS, **more)
+    except Exception:
+        asked.append(name)
+found["left to xformers"] = asked
 found["other arguments"] = traced(2100, sdpa={"is_causal": True})
 found["both directions"] = traced(2100, causal=False)
 with card.tensors():
@@ -174,8 +194,19 @@ def test_unsloth_s_dispatch(python):
     process = python(SCRIPT, path=(Path(__file__).parent, Path(__file__).parents[2]), UNSLOTH_ALLOW_CPU="1")
     found = json.loads(process.stdout.rpartition("FOUND")[2])
     assert found.pop("state") == ["applied", ""]
-    taken, left = [["unsloth_ext.flash4_attention.default"]], [[]]
-    assert found.pop("both sides") == taken + left
-    for name in ("any length", "window", "scale", "xformers"):
-        assert found.pop(name) == taken, name
+
+    def taken(scale=0.125, window=None):
+        return [["unsloth_ext.flash4_attention.default", scale, window]]
+
+    left = [[]]
+    assert found.pop("both sides") == [taken(), []]
+    assert found.pop("left to xformers") == ["its options", "a mask for it"]
+    for name, wanted in (
+        ("any length", taken()),
+        ("window", taken(window=100)),
+        ("scale", taken(0.5)),
+        ("no dropout", taken()),
+        ("xformers", taken()),
+    ):
+        assert found.pop(name) == [wanted], name
     assert len(found) == 5 and all(graphs == left for graphs in found.values()), found

@@ -5,13 +5,15 @@ In a process of its own, because importing Unsloth changes torch and transformer
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed")
 
 SCRIPT = """
-import json, random, sys
+import json, random, sys, types
 import unsloth_ext
 import unsloth
 import torch
@@ -42,6 +44,8 @@ class Layer(torch.nn.Module):  # an attention layer, from the projections on
 
 
 class Model(torch.nn.Module):  # what LlamaModel_fast_forward is wrapped around
+    config = types.SimpleNamespace(model_type="llama")
+
     def __init__(self):
         super().__init__()
         self.layer = Layer()
@@ -107,11 +111,31 @@ try:
     forward(model, input_ids=torch.zeros(1, 5, dtype=torch.int64), packed_seq_lengths=lengths)
 except ValueError as error:
     found["a cut batch"] = str(error)
-unsloth_ext.disable("compiling.packed_metadata")  # packed_layers alone: the layers read lengths, or they see one document
-rows, given, wanted = batch()
-model = Model().train()
-forward(model, **given)
-found["lengths where boundaries are not read"] = model.seen["packed_seq_lengths"] is given["packed_seq_lengths"]
+found["only its own"] = packing.get_packed_info_from_kwargs(
+    {"packed_seq_lengths": lengths, "cu_seq_lens_q": torch.tensor([0, 5]), "max_length_q": 5}, torch.device("cpu")
+)[1].tolist()
+found["left as they are"] = {}
+
+
+def is_left(name, forward=forward):
+    rows, given, wanted = batch()
+    model = Model().train()
+    forward(model, **given)
+    found["left as they are"][name] = model.seen["packed_seq_lengths"] is given["packed_seq_lengths"]
+
+
+is_left("now")
+Model.config.model_type = "falcon_h1"
+is_left("another family")
+Model.config = types.SimpleNamespace(model_type="granite", attention_dropout=0.1)
+is_left("dropout")
+Model.config.attention_dropout = 0.0
+is_left("no dropout")
+for name in ("metadata", "attention", "layers"):  # without one of them layers read lengths, or they would see one document
+    unsloth_ext.disable("compiling.packed_" + name)
+    is_left(name)
+    unsloth_ext.enable("compiling.packed_" + name)
+is_left("all again")
 print("FOUND" + json.dumps(found))
 """
 
@@ -127,5 +151,17 @@ def test_unsloth_s_functions(python):
     assert found["lengths under their old name"] is None
     assert found["still a key"]
     assert found["without boundaries as before"] == [[4, 3], [0, 4, 7], 4]
-    assert found["lengths where boundaries are not read"]
+    assert found["only its own"] == [0, 4, 7]
+    left = found["left as they are"]
+    assert {name for name in left if not left[name]} == {"now", "no dropout", "all again"}, left
     assert "sum to 7, more than the row's 5 tokens" in found["a cut batch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a card that is not there")
+@pytest.mark.parametrize("said, state", [("", "applied"), ("0", "disabled")])
+def test_on_by_itself_where_it_was_measured(python, said, state):
+    script = "import compile_fake_card, json, unsloth_ext\nprint('FOUND' + json.dumps({s.id: s.state for s in unsloth_ext.status()}))"
+    process = python(script, path=(Path(__file__).parent, Path(__file__).parents[2]), UNSLOTH_EXT_PACKED=said)
+    found = json.loads(process.stdout.rpartition("FOUND")[2])
+    assert {found[f"compiling.packed_{name}"] for name in ("metadata", "attention", "layers")} == {state}
+    assert found["compiling.flex_softcap"] == "disabled"

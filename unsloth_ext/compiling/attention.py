@@ -23,6 +23,7 @@ A packed row is described by two things, both computed once a batch and outside 
 from __future__ import annotations
 
 import os
+from operator import index
 
 import torch
 
@@ -148,7 +149,7 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
             return "the query has 2**31 elements or more"  # cuDNN's offsets are int32
         if torch.are_deterministic_algorithms_enabled():
             return "its backward is not deterministic"  # cuDNN has one, with memory for every pair of tokens
-        return _lacking(backend, query.device.index, query.dim() == 3)
+        return _lacking(backend, query.device.index, query.dim() == 3, query.dtype, index(width))
     if width > 256:
         return f"head sizes to 256, this is {width}"
     return "it needs Ampere or newer, this card is older" if _too_old(query.device.index) else ""
@@ -168,10 +169,12 @@ def _another_flash() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _lacking(backend: str, index: int | None, packed: bool) -> str:
+def _lacking(backend: str, index: int | None, packed: bool, dtype: torch.dtype, width: int) -> str:
     from . import attention_cudnn, attention_flash4
 
-    return attention_flash4.lacking(index, packed) if backend == "flash4" else attention_cudnn.lacking(index)
+    return (
+        attention_flash4.lacking(index, packed, dtype, width) if backend == "flash4" else attention_cudnn.lacking(index)
+    )
 
 
 def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):

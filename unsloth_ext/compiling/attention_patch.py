@@ -79,7 +79,7 @@ def is_plain(module, config, context) -> bool:
         and context.is_causal
         and context.q_len == context.kv_seq_len
         and module._configured_softcap(config) is None
-        and not set(config.sdpa_kwargs or ()) - {"scale"}
+        and not any(value for name, value in (config.sdpa_kwargs or {}).items() if name != "scale")  # a dropout of 0
     )
 
 
@@ -93,14 +93,23 @@ def scale_and_window(config, context) -> tuple[float | None, int | None]:
 
 
 def _rows(module, target):
+    from .as_traced import as_traced
     from .attention_rows import refusal, row_attention
 
     refuse_where_not_measured(_SWITCH)
-    original, backends = module._run_attention, (module.SDPA, module.XFORMERS)  # the second, in a graph, is the first
+    original, sdpa, xformers = module._run_attention, module.SDPA, module.XFORMERS
+
+    def takes(config, context):
+        if context.seq_info is not None or not is_plain(module, config, context):
+            return False
+        if config.backend == xformers:  # which is SDPA in a graph, unless more is asked of it
+            plain = context.causal_mask is None or type(context.causal_mask).__name__ == "LowerTriangularMask"
+            return plain and not config.xformers_kwargs
+        return config.backend == sdpa
 
     @functools.wraps(original)
     def _run_attention(*, config, context, Q, K, V):
-        if context.seq_info is None and config.backend in backends and is_plain(module, config, context):
+        if as_traced() and takes(config, context):
             query, key, value = (t.transpose(1, 2) for t in (Q, K, V))
             # Context parallelism puts its own attention under SDPA, on parts of the rows.
             if not refusal(query, key, value) and module.get_cp_manager() is None:

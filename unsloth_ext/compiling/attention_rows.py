@@ -8,6 +8,8 @@ are left to SDPA.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from . import attention
@@ -23,11 +25,23 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
         return "outside a graph each call waits for the host"
     if "flash4" not in attention.PREFERRED or attention._another_flash():
         return "other kernels are asked for"
-    if query.shape[1] != key.shape[1] or not query.dtype == key.dtype == value.dtype:
-        return "lengths or dtypes differ"
-    if reason := attention.refusal("flash4", query):
-        return reason
-    return "" if query.shape[0] * query.shape[1] >= LEAST else f"fewer than {LEAST} tokens"
+    if not _may_be_there():
+        return "flash-attn-4 is not installed"  # asked first: what comes next is a guard, and then seconds of compiling
+    if query.shape[0] * query.shape[1] < LEAST:
+        return f"fewer than {LEAST} tokens"
+    if query.shape[1] != key.shape[1] or value.shape != key.shape or query.shape[3] != key.shape[3]:
+        return "lengths or head sizes differ"
+    if query.shape[2] % key.shape[2] or not query.dtype == key.dtype == value.dtype:
+        return "heads do not share keys evenly, or dtypes differ"
+    return attention.refusal("flash4", query)
+
+
+@torch.compiler.assume_constant_result
+def _may_be_there() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn, or a module of that name
+        return False
 
 
 def row_attention(

@@ -94,7 +94,7 @@ def explain(error: BaseException, root: torch.nn.Module, limit: int) -> CompileE
     where = f"{path or type(root).__name__}" if path is not None else type(root).__name__
     hint = "Take the hook or adapter out before compile_model, or leave its layers out with scope='block'."
     if "unsloth/utils/packing.py" in place.replace("\\", "/"):
-        hint = "For packed batches, on cards other than Hopper, UNSLOTH_EXT_PACKED=1 is needed, set before unsloth_ext is imported."
+        hint = "Packed batches need UNSLOTH_EXT_PACKED=1, set before unsloth_ext is imported; it is on by itself where all cards are Hopper."
     return CompileError(
         f"{where} cannot be traced: {first}{'. ' + explanation if explanation else ''}{place}",
         f"{hint} Nothing was run uncompiled; CompiledModel.restore() gives the model back as it was.",

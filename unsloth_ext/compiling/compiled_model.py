@@ -39,7 +39,7 @@ from .symbolic_memo import remembered_arithmetic
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 SCOPES = ("block", "step")
 LEAST_TORCH = (2, 11)  # before it Inductor miscompiles the backward of Unsloth's LoRA functions when it is traced
-LIMIT = 16  # graphs of one region before a new kind of batch is an error
+LIMIT = 32  # graphs of one region before a new kind of batch is an error
 
 # Inductor's defaults, named because Unsloth changes some for the whole process.
 OPTIONS = {"epilogue_fusion": True, "shape_padding": True, "triton.cudagraphs": False}

@@ -8,12 +8,14 @@ transformers' names (`packed.py`); a layer reads them and nothing else, traced o
 `packed_seq_lengths` stays a key of what the layers are given, with None in it: that is how the model knows that a row may be
 longer than max_seq_length, and how block compile knows that no layer will read lengths on the host.
 
-Packed layers are on by themselves on Hopper, with UNSLOTH_EXT_PACKED=1 elsewhere, and Gemma 2's softcap with UNSLOTH_EXT_PACKED=1 only.
+Packed layers are on by themselves where all cards are Hopper, with UNSLOTH_EXT_PACKED=1 elsewhere, and Gemma 2's softcap with
+UNSLOTH_EXT_PACKED=1 only. Families whose layers read lengths for more than attention (Falcon-H1's state space) are left as they are.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
 _PACKING, _DISPATCH, _LLAMA = "unsloth.utils.packing", "unsloth.utils.attention_dispatch", "unsloth.models.llama"
 _SINCE = ">=2026.10.9"
 _SWITCH = "UNSLOTH_EXT_PACKED"
-_READ = "_unsloth_ext_boundaries_are_read"  # in _PACKING, as long as packed_metadata is in
+# In _PACKING, as long as packed_metadata, packed_attention and packed_layers are in: one without the others makes graphs of each packing.
+_MARKS = _READ, _ATTENDED, _GIVEN = tuple(
+    f"_unsloth_ext_boundaries_are_{done}" for done in ("read", "attended", "given")
+)
+# Whose layers want a packed batch's boundaries for their attention and nothing else. (Gemma 2 with flex_softcap.)
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "cohere")
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _NEEDS_ATTENTION = "traced layers need a packed attention that traces, and a patch would have to bring the package's"
 _GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
@@ -57,7 +64,8 @@ def _metadata(module, target):
     @functools.wraps(original)
     def get_packed_info_from_kwargs(kwargs, device, position_ids=None):
         cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None or kwargs.get("max_length_q") is None:
+        ours = kwargs.get("packed_seq_lengths", cu_seqlens) is None  # a key, with None in it
+        if not ours or cu_seqlens is None or kwargs.get("max_length_q") is None:
             return original(kwargs, device, position_ids)
         if position_ids is not None:
             return None  # the model asks whether its positions hide documents; they are known
@@ -109,15 +117,21 @@ def _attention(module, target):
         rows = (t.squeeze(0).transpose(0, 1) for t in (Q, K, V))
         return packed_attention(*rows, info.cu_seqlens, info.max_seqlen, scale=scale, window=window).unsqueeze(0)
 
-    return [SetAttribute(module, "_run_attention", _run_attention)]
+    packing = sys.modules[_PACKING]  # the dispatch imports it
+    return [SetAttribute(module, "_run_attention", _run_attention), SetAttribute(packing, _ATTENDED, True)]
 
 
 def _layers(module, target):
     refuse_where_not_measured(_SWITCH)
-    return [SetAttribute(module, "LlamaModel_fast_forward", _with_boundaries(module.LlamaModel_fast_forward))]
+    families = _FAMILIES + (("gemma2",) if os.environ.get(_SWITCH) else ())
+    forward = _with_boundaries(module.LlamaModel_fast_forward, families)
+    return [
+        SetAttribute(module, "LlamaModel_fast_forward", forward),
+        SetAttribute(sys.modules[_PACKING], _GIVEN, True),  # a model that was loaded keeps the forward
+    ]
 
 
-def _with_boundaries(original):
+def _with_boundaries(original, families=_FAMILIES):
     import torch
 
     @functools.wraps(original)
@@ -140,8 +154,10 @@ def _with_boundaries(original):
             and past_key_values is None
             and kwargs.get("prefix_seg_info") is None
             and (self.training or torch.compiler.is_compiling())
+            and self.config.model_type in families
+            and not (self.config.model_type == "granite" and self.config.attention_dropout)
             and _whole_row()
-            and getattr(sys.modules[_PACKING], _READ, False)  # else the layers would see one document
+            and all(hasattr(sys.modules[_PACKING], mark) for mark in _MARKS)
         ):
             kwargs |= _boundaries(kwargs, tokens.shape[1], tokens.device)
         return original(

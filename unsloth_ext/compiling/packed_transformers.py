@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from .as_traced import as_traced
 from .attention import BACKENDS, packed_attention
 from .attention_flex import block_masks
 from .attention_rows import refusal, row_attention
@@ -138,7 +139,7 @@ def _attention(backend):
             return out.unsqueeze(0), None
         if softcap is not None:
             return _softcapped(query, key, value, attention_mask, dropout, scaling, softcap, is_causal, module.training)
-        if backend in ("auto", "flash4") and attention_mask is None and is_causal and not dropout:
+        if as_traced() and backend in ("auto", "flash4") and attention_mask is None and is_causal and not dropout:
             rows = [t.transpose(1, 2) for t in _one_dtype(query, key, value)]
             if not refusal(*rows) and kwargs.get("s_aux") is None and kwargs.get("position_bias") is None:
                 return row_attention(*rows, scaling, window), None
