@@ -33,8 +33,9 @@ _SWITCH = "UNSLOTH_EXT_PACKED"
 _MARKS = _READ, _ATTENDED, _GIVEN = tuple(
     f"_unsloth_ext_boundaries_are_{done}" for done in ("read", "attended", "given")
 )
-# Whose layers want a packed batch's boundaries for their attention and nothing else. (Gemma 2 with flex_softcap.)
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "cohere")
+# Whose layers want a packed batch's boundaries for their attention and nothing else; by themselves, and where the switch asks for it.
+# (Granite's and Cohere's have run on no card; on torch 2.11 Cohere's break once. Gemma 2's want flex_softcap.)
+_FAMILIES, _ASKED_FOR = ("llama", "mistral", "qwen2", "qwen3"), ("granite", "cohere", "gemma2")
 _NOT_YET = "it goes upstream when it has been measured on a card"
 _NEEDS_ATTENTION = "traced layers need a packed attention that traces, and a patch would have to bring the package's"
 _GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
@@ -123,7 +124,7 @@ def _attention(module, target):
 
 def _layers(module, target):
     refuse_where_not_measured(_SWITCH)
-    families = _FAMILIES + (("gemma2",) if os.environ.get(_SWITCH) else ())
+    families = _FAMILIES + (_ASKED_FOR if os.environ.get(_SWITCH) else ())
     forward = _with_boundaries(module.LlamaModel_fast_forward, families)
     return [
         SetAttribute(module, "LlamaModel_fast_forward", forward),
@@ -131,7 +132,7 @@ def _layers(module, target):
     ]
 
 
-def _with_boundaries(original, families=_FAMILIES):
+def _with_boundaries(original, families):
     import torch
 
     @functools.wraps(original)
