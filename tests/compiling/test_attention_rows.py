@@ -20,6 +20,7 @@ FLASH4 = "unsloth_ext.flash4_attention"
 @pytest.fixture
 def installed(monkeypatch):
     """flash-attn-4 as if it were there, for tensors that pretend to be on a card."""
+    monkeypatch.setattr(attention_rows, "ASKED_FOR", True)
     monkeypatch.setattr(attention_rows, "find_spec", lambda name: name == "flash_attn.cute" or None)
     monkeypatch.setattr(
         attention_flash4, "lacking", lambda index, packed=True, *kind: "" if not packed else "asked of documents"
@@ -85,6 +86,7 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
             (torch, "are_deterministic_algorithms_enabled", lambda: True, "its backward is not deterministic"),
             (attention_flash4, "lacking", lambda *which: "no Hopper", "no Hopper"),
             (attention_rows, "find_spec", lambda name: None, "flash-attn-4 is not installed"),
+            (attention_rows, "ASKED_FOR", False, "UNSLOTH_EXT_ROW_ATTENTION=1 asks for it"),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(where, what, value)
@@ -191,7 +193,8 @@ print("FOUND" + json.dumps(found))
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="traces for a card that is not there")
 def test_unsloth_s_dispatch(python):
-    process = python(SCRIPT, path=(Path(__file__).parent, Path(__file__).parents[2]), UNSLOTH_ALLOW_CPU="1")
+    path = Path(__file__).parent, Path(__file__).parents[2]
+    process = python(SCRIPT, path=path, UNSLOTH_ALLOW_CPU="1", UNSLOTH_EXT_ROW_ATTENTION="1")
     found = json.loads(process.stdout.rpartition("FOUND")[2])
     assert found.pop("state") == ["applied", ""]
 

@@ -1,7 +1,7 @@
 """Causal attention by FlashAttention 4, of packed documents or of rows, from the package flash-attn-4: `unsloth_ext::flash4_attention`.
 
 On an H200 its variable-length kernels take five sixths of the time of cuDNN's and little more than half of flash attention 2's, those for
-rows 0.83 to 0.98 of cuDNN's (benchmarks/NOTES.md), and they sum the gradients of grouped key heads in fp32. They are written in CuTe DSL and
+rows 0.82 to 0.98 of cuDNN's (benchmarks/NOTES.md), and they sum the gradients of grouped key heads in fp32. They are written in CuTe DSL and
 compiled when first called: some six seconds to import, six more for a forward and its backward.
 
 The package is a beta: its functions are called by the names of their arguments, a version whose signature is another is not taken, nor

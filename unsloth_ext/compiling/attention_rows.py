@@ -2,12 +2,15 @@
 
 SDPA takes cuDNN's attention on Hopper, which makes a plan for each new length, a sixth of a second; Unsloth therefore pads lengths to
 multiples of 128, copies of query, key, value and of what comes out. FlashAttention 4 takes any length as it is, and less time: on an H200
-0.92 of cuDNN's at 2 x 4096 tokens, 0.83 at 32768 (benchmarks/NOTES.md). A call costs the host more than SDPA's, 0.2 ms, so small batches
+0.91 of cuDNN's at 2 x 4096 tokens, 0.87 at 32768 (benchmarks/NOTES.md). A call costs the host more than SDPA's, 0.2 ms, so small batches
 are left to SDPA.
+
+Only where UNSLOTH_EXT_ROW_ATTENTION=1 asks for it: a tight memory_budget was slower with it, which is mended and not measured since.
 """
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -15,12 +18,16 @@ import torch
 from . import attention
 from .as_traced import as_traced
 
+SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"
+ASKED_FOR = os.environ.get(SWITCH, "").strip().lower() not in ("", "0", "no", "off", "false")
 LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
 
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     """Why `row_attention` cannot take these, or had better not; "" where it can. Shapes as there. In a graph whose sizes are symbols it
     makes two graphs of batches with more and with fewer tokens than LEAST."""
+    if not ASKED_FOR:
+        return f"{SWITCH}=1 asks for it"
     if not as_traced():
         return "outside a graph each call waits for the host"
     if "flash4" not in attention.PREFERRED or attention._another_flash():
