@@ -86,7 +86,6 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
             (torch, "are_deterministic_algorithms_enabled", lambda: True, "its backward is not deterministic"),
             (attention_flash4, "lacking", lambda *which: "no Hopper", "no Hopper"),
             (attention_rows, "find_spec", lambda name: None, "flash-attn-4 is not installed"),
-            (attention_rows, "ASKED_FOR", False, "UNSLOTH_EXT_ROW_ATTENTION=1 asks for it"),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(where, what, value)
@@ -116,6 +115,9 @@ def test_transformers_attention(installed, monkeypatch):
             assert traced(lambda *t, more=more: attend(*t, **more), large) == [0], more
         torch._dynamo.reset()
         assert traced(attend, rows(2, 500)) == [0]
+        monkeypatch.setattr(attention_rows, "ASKED_FOR", False)
+        torch._dynamo.reset()
+        assert traced(attend, large) == [0]
 
 
 SCRIPT = """

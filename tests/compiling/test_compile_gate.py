@@ -62,8 +62,7 @@ def test_the_step_is_one_graph_for_batches_and_one_for_packings(tmp_path, torch_
     ],
 )
 def test_unsloths_own_compile_of_packed_layers_comes_to_an_end(tmp_path, torch_in, family):
-    """The first packing, then any length; once more if the bound of the longest document was the first's by chance, and once for a row of up
-    to 256 tokens, whose products go another way."""
+    """The first packing, then any length; once more if the bound of the longest document was the first's by chance."""
     options = "--batches", "0", "--packings", "0", "--own", "16", "--layers", "2", "--family", family
     found, output = gate(tmp_path, *options, torch_in=torch_in, packed="1" if family in packed_patch._ASKED_FOR else "")
     assert (

@@ -15,7 +15,7 @@ def test_the_training_of_unsloth(tmp_path, kind, layers):
     if kind == "dpo" and not ours["calls"]:
         pytest.skip("DPO pads its batches here: nothing of ours was called")
     assert ours["calls"], ours
-    assert ours["graphs"] <= 4, ours  # packings make no graphs of their own
+    assert kind == "dpo" or 1 <= ours["graphs"] <= 4, ours  # packings make no graphs of their own
     for name, near in (("losses", 0.01), ("norms", 0.05)):  # two kernels of attention in bf16
         for found, wanted in zip(ours[name], theirs[name], strict=True):
             assert abs(found - wanted) <= near * max(abs(wanted), 0.1), (ours, theirs)

@@ -21,7 +21,7 @@ import functools
 
 from ..patching import Patch, SetAttribute, Target
 
-_SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"  # as in attention_rows.py, which is not imported before it is wanted
+_SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"
 _DISPATCH = "unsloth.utils.attention_dispatch"
 _SINCE = ">=2026.10.9"
 

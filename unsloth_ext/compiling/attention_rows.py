@@ -18,16 +18,14 @@ import torch
 from . import attention
 from .as_traced import as_traced
 
-SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"
-ASKED_FOR = os.environ.get(SWITCH, "").strip().lower() not in ("", "0", "no", "off", "false")
+# In plain transformers; in Unsloth the patch of that switch is in or not.
+ASKED_FOR = os.environ.get("UNSLOTH_EXT_ROW_ATTENTION", "").strip().lower() not in ("", "0", "no", "off", "false")
 LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
 
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     """Why `row_attention` cannot take these, or had better not; "" where it can. Shapes as there. In a graph whose sizes are symbols it
     makes two graphs of batches with more and with fewer tokens than LEAST."""
-    if not ASKED_FOR:
-        return f"{SWITCH}=1 asks for it"
     if not as_traced():
         return "outside a graph each call waits for the host"
     if "flash4" not in attention.PREFERRED or attention._another_flash():

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
+from . import attention_rows
 from .as_traced import as_traced
 from .attention import BACKENDS, packed_attention
 from .attention_flex import block_masks
-from .attention_rows import refusal, row_attention
 from .packed import _in_packed_forward, packed_arguments
 
 _NAMES = {
@@ -139,10 +139,21 @@ def _attention(backend):
             return out.unsqueeze(0), None
         if softcap is not None:
             return _softcapped(query, key, value, attention_mask, dropout, scaling, softcap, is_causal, module.training)
-        if as_traced() and backend in ("auto", "flash4") and attention_mask is None and is_causal and not dropout:
+        if (
+            attention_rows.ASKED_FOR
+            and as_traced()
+            and backend in ("auto", "flash4")
+            and attention_mask is None
+            and is_causal
+            and not dropout
+        ):
             rows = [t.transpose(1, 2) for t in _one_dtype(query, key, value)]
-            if not refusal(*rows) and kwargs.get("s_aux") is None and kwargs.get("position_bias") is None:
-                return row_attention(*rows, scaling, window), None
+            if (
+                not attention_rows.refusal(*rows)
+                and kwargs.get("s_aux") is None
+                and kwargs.get("position_bias") is None
+            ):
+                return attention_rows.row_attention(*rows, scaling, window), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
