@@ -2,13 +2,13 @@
 
     python benchmarks/bench_packed_attention.py        # on a card, under a minute
 
-One row of tokens, causal in each document, forward and backward apart. Times are the card's, between events around one call at a time, in
-turns, over several packings, with a buffer larger than the card's cache written between calls; the host has put the next calls into the
-queue by then. Cases: heads, key and value heads, head size, tokens, the shortest and the longest document.
+One row of tokens, causal in each document, forward and backward apart (attention_timing.py), in turns, over several packings. Cases: heads, key and value heads, head size, tokens, the shortest and the longest document.
 """
 
+import functools
 import random
 
+import attention_timing
 import record
 import torch
 
@@ -42,41 +42,22 @@ def measure(case: str) -> list[dict]:
     )
     backends = [name for name in BACKENDS if not said(name, refusal(name, query))]
     cache = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    times = {(name, part): [] for name in backends for part in ("forward", "backward")}
+    times = {name: ([], []) for name in backends}
     first = {}
     for round in range(ROUNDS + 2):
         for seed in range(PACKINGS):
             lengths = packing(tokens, least, most, seed)
             ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
             for name in backends:
-                marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-                torch.cuda._sleep(2_000_000)  # a millisecond, in which the host queues what follows
-                cache.zero_()
-                marks[0].record()
-                out = packed_attention(query, key, value, ends, max(lengths), backend=name)
-                marks[1].record()
-                cache.zero_()
-                marks[2].record()
-                found = torch.autograd.grad(out, (query, key, value), upstream)
-                marks[3].record()
-                torch.cuda.synchronize()
+                attend = functools.partial(packed_attention, cu_seqlens=ends, max_seqlen=max(lengths), backend=name)
+                *ms, found = attention_timing.measured(attend, (query, key, value), upstream, cache)
                 if round >= 2:  # before, graphs are built and memory is found
-                    times[name, "forward"].append(marks[0].elapsed_time(marks[1]))
-                    times[name, "backward"].append(marks[2].elapsed_time(marks[3]))
+                    for part, one in zip(times[name], ms, strict=True):
+                        part.append(one)
                 elif round == 0 and seed == 0:
-                    first[name] = (out.detach(), *found)
-    rows = []
-    for name in backends:
-        row = {"case": case, "backend": name, "unit": "ms", "baseline": "flash"}
-        row |= {part: record.percentiles(times[name, part]) for part in ("forward", "backward")}
-        both = [sum(pair) for pair in zip(times[name, "forward"], times[name, "backward"], strict=True)]
-        row["both"] = record.percentiles(both)
-        row["off flash"] = max(
-            ((a.float() - b.float()).norm() / b.float().norm()).item()
-            for a, b in zip(first[name], first["flash"], strict=True)
-        )
-        rows.append(row)
-        print(row, flush=True)
+                    first[name] = found
+    rows = [attention_timing.row(case, name, "flash", *times[name], first) for name in backends]
+    print(*rows, sep="\n", flush=True)
     return rows
 
 

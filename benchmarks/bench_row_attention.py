@@ -2,14 +2,14 @@
 
     python benchmarks/bench_row_attention.py        # on a Hopper card with flash-attn-4, under a minute
 
-bf16, forward and backward apart. Times are the card's, between events around one call at a time, in turns, with a buffer larger than the
-card's cache written between calls; the host has put the next calls into the queue by then. "new length" is what the host waits for a
+bf16, forward and backward apart (attention_timing.py), in turns. "new length" is what the host waits for a
 forward and a backward of a length that was not there before, without the padding to 128 by which Unsloth makes such lengths few. Cases:
 heads, key and value heads, head size, rows, tokens of a row.
 """
 
 import time
 
+import attention_timing
 import record
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,26 +46,15 @@ def measure(case: str) -> list[dict]:
     ways, length = {"cudnn": sdpa, "flash4": row_attention}, CASES[case][-1]
     query, key, value, upstream = tensors(case, length)
     cache = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    times = {(name, part): [] for name in ways for part in ("forward", "backward", "new length")}
-    first = {}
+    times, unseen, first = {name: ([], []) for name in ways}, {name: [] for name in ways}, {}
     for round in range(ROUNDS + 2):
         for name, attend in ways.items():
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-            torch.cuda._sleep(2_000_000)  # a millisecond, in which the host queues what follows
-            cache.zero_()
-            marks[0].record()
-            out = attend(query, key, value)
-            marks[1].record()
-            cache.zero_()
-            marks[2].record()
-            found = torch.autograd.grad(out, (query, key, value), upstream)
-            marks[3].record()
-            torch.cuda.synchronize()
+            *ms, found = attention_timing.measured(attend, (query, key, value), upstream, cache)
             if round >= 2:  # before, plans are made and kernels compiled
-                times[name, "forward"].append(marks[0].elapsed_time(marks[1]))
-                times[name, "backward"].append(marks[2].elapsed_time(marks[3]))
+                for part, one in zip(times[name], ms, strict=True):
+                    part.append(one)
             elif round == 0:
-                first[name] = (out.detach(), *found)
+                first[name] = found
     for shorter in range(1, NEW_LENGTHS + 1):
         *inputs, upstream = tensors(case, length - 7 * shorter)
         for name, attend in ways.items():
@@ -73,19 +62,13 @@ def measure(case: str) -> list[dict]:
             start = time.perf_counter()
             torch.autograd.grad(attend(*inputs), inputs, upstream)
             torch.cuda.synchronize()
-            times[name, "new length"].append((time.perf_counter() - start) * 1e3)
-    rows = []
-    for name in ways:
-        row = {"case": case, "backend": name, "unit": "ms", "baseline": "cudnn"}
-        row |= {part: record.percentiles(times[name, part]) for part in ("forward", "backward", "new length")}
-        both = [sum(pair) for pair in zip(times[name, "forward"], times[name, "backward"], strict=True)]
-        row["both"] = record.percentiles(both)
-        row["off cudnn"] = max(
-            ((a.float() - b.float()).norm() / b.float().norm()).item()
-            for a, b in zip(first[name], first["cudnn"], strict=True)
-        )
-        rows.append(row)
-        print(row, flush=True)
+            unseen[name].append((time.perf_counter() - start) * 1e3)
+    rows = [
+        attention_timing.row(case, name, "cudnn", *times[name], first)
+        | {"new length": record.percentiles(unseen[name])}
+        for name in ways
+    ]
+    print(*rows, sep="\n", flush=True)
     return rows
 
 

@@ -331,6 +331,17 @@ def claims_of(rows: list[dict]) -> list[dict]:
         f"Unsloth {release}, the same batches and flag; {best and best['variant']}",
         lambda: round(best["tokens/s"]["p50"] / found["8b packed", theirs]["tokens/s"]["p50"], 4),
     )
+    for name, flag in (("by_import", "False"), ("by_import_checkpointed", "'unsloth'")):
+        alone, same = f"ours, checkpointing {flag}, not compiled by us", f"Unsloth, checkpointing {flag}"
+        add(
+            f"compile.packed_8b_{name}.vs_unsloth",
+            "x",
+            ">= 1.2",
+            f"Unsloth {release}, the same batches and flag {flag}; ours by `import unsloth_ext` alone",
+            lambda alone=alone, same=same: round(
+                found["8b packed", alone]["tokens/s"]["p50"] / found["8b packed", same]["tokens/s"]["p50"], 4
+            ),
+        )
     add(
         "compile.step_8b.first_step_s",
         "s",
