@@ -3,7 +3,7 @@
     python benchmarks/bench_products.py        # on a Hopper card, under a minute
 
 Baselines: "one by one", a product and then the others added in place, which is how Unsloth's functions and peft's modules do it; "copied
-together", one product of matrices that are set side by side first. Rank 16, bf16. The card is at its power limit in such products, so
+together", one product of matrices that are set side by side first; "low apart", x A^T by a kernel of its own before ours. Rank 16, bf16. The card is at its power limit in such products, so
 each is repeated for a tenth of a second, in turns, and a time is the average of that.
 """
 
@@ -11,31 +11,35 @@ import record
 import torch
 
 SECONDS, ROUNDS, RANK = 0.1, 8, 16
-# name: (calls a layer, N, widths of the inputs, weights transposed)
+# name: (calls a layer, N, widths of the inputs, weights transposed, columns of low that are computed with it or 0)
 SHAPES = {
     "Llama 3.1 8B, 8192 tokens": (
         8192,
         {
-            "q, o": (2, 4096, (4096,), True),
-            "k, v": (2, 1024, (4096,), True),
-            "gate, up": (2, 14336, (4096,), True),
-            "down": (1, 4096, (14336,), True),
-            "gradient of the input of q, k, v": (1, 4096, (4096, 1024, 1024), False),
-            "gradient of the input of o": (1, 4096, (4096,), False),
-            "gradient of the input of gate, up": (1, 4096, (14336, 14336), False),
-            "gradient of the input of down": (1, 14336, (4096,), False),
+            "q": (1, 4096, (4096,), True, 48),
+            "o": (1, 4096, (4096,), True, 16),
+            "k, v": (2, 1024, (4096,), True, 0),
+            "gate": (1, 14336, (4096,), True, 32),
+            "up": (1, 14336, (4096,), True, 0),
+            "down": (1, 4096, (14336,), True, 0),
+            "gradient of the input of q, k, v": (1, 4096, (4096, 1024, 1024), False, 48),
+            "gradient of the input of o": (1, 4096, (4096,), False, 16),
+            "gradient of the input of gate, up": (1, 4096, (14336, 14336), False, 32),
+            "gradient of the input of down": (1, 14336, (4096,), False, 16),
         },
     ),
     "Llama 3.2 1B, 4096 tokens": (
         4096,
         {
-            "q, o": (2, 2048, (2048,), True),
-            "gate, up": (2, 8192, (2048,), True),
-            "down": (1, 2048, (8192,), True),
-            "gradient of the input of q, k, v": (1, 2048, (2048, 512, 512), False),
-            "gradient of the input of o": (1, 2048, (2048,), False),
-            "gradient of the input of gate, up": (1, 2048, (8192, 8192), False),
-            "gradient of the input of down": (1, 8192, (2048,), False),
+            "q": (1, 2048, (2048,), True, 48),
+            "o": (1, 2048, (2048,), True, 16),
+            "gate": (1, 8192, (2048,), True, 32),
+            "up": (1, 8192, (2048,), True, 0),
+            "down": (1, 2048, (8192,), True, 0),
+            "gradient of the input of q, k, v": (1, 2048, (2048, 512, 512), False, 48),
+            "gradient of the input of o": (1, 2048, (2048,), False, 16),
+            "gradient of the input of gate, up": (1, 2048, (8192, 8192), False, 32),
+            "gradient of the input of down": (1, 8192, (2048,), False, 16),
         },
     ),
 }
@@ -53,27 +57,50 @@ def average_us(call, calls: int) -> float:
 
 
 def measure(model: str, name: str) -> list[dict]:
-    from unsloth_ext.nf4.products import _one_by_one, sum_of_products
+    from unsloth_ext.nf4.products import _one_by_one, product_with_low, sum_of_products
 
-    tokens, (calls_a_layer, columns, widths, transposed) = SHAPES[model][0], SHAPES[model][1][name]
-    widths = (*widths, RANK * len(widths))
-    xs = [torch.randn(tokens, n, device="cuda").bfloat16() for n in widths]
-    weights = [torch.randn(columns, n, device="cuda").bfloat16() / n**0.5 for n in widths]
-    weights = weights if transposed else [weight.t().contiguous() for weight in weights]
+    tokens, (calls_a_layer, columns, widths, transposed, rank) = SHAPES[model][0], SHAPES[model][1][name]
+
+    def weight(n, k):
+        matrix = torch.randn(n, k, device="cuda").bfloat16() / k**0.5
+        return matrix if transposed else matrix.t().contiguous()
+
+    inputs = [torch.randn(tokens, k, device="cuda").bfloat16() for k in widths]
+    weights, used = [weight(columns, k) for k in widths], (rank if not transposed else RANK) or RANK
+    downs, up = [weight(rank, k) for k in widths], weight(columns, used)
+    below = torch.randn(tokens, used, device="cuda").bfloat16()
+    wide = torch.cat(downs, 1 if transposed else 0)
+
+    def low():
+        """As it is computed apart: one product of inputs that lie side by side already, else added up."""
+        if not rank:
+            return below
+        return (
+            _one_by_one(inputs, downs, transposed)
+            if len(inputs) > 1
+            else inputs[0] @ (wide.t() if transposed else wide)
+        )[:, :used]
+
+    def added(how):
+        return how([*inputs, low()], [*weights, up], transposed)
+
     together = torch.cat(
-        weights, 1 if transposed else 0
+        [*weights, up], 1 if transposed else 0
     )  # in the model LoRA's part would be copied in each step, a small thing
 
     def copied_together():
-        wide = torch.cat(xs, 1)
-        return wide @ (together.t() if transposed else together)
+        return torch.cat([*inputs, low()], 1) @ (together.t() if transposed else together)
 
     ways = {
-        "one by one": lambda: _one_by_one(xs, weights, transposed),
+        "one by one": lambda: added(_one_by_one),
         "copied together": copied_together,
-        "ours": lambda: sum_of_products(xs, weights, transposed),
+        "low apart": lambda: added(sum_of_products),
+        "ours": lambda: product_with_low(inputs, downs, weights, up, transposed)[0] if rank else added(sum_of_products),
     }
-    exact = sum(x.float() @ (w.float().t() if transposed else w.float()) for x, w in zip(xs, weights, strict=True))
+    xs, weights_and_up = [*inputs, low()], [*weights, up]
+    exact = sum(
+        x.float() @ (w.float().t() if transposed else w.float()) for x, w in zip(xs, weights_and_up, strict=True)
+    )
     off = {way: ((run().float() - exact).norm() / exact.norm()).item() for way, run in ways.items()}
     del exact
     calls = {way: max(3, int(SECONDS / (average_us(run, 3) / 1e6))) for way, run in ways.items()}
@@ -99,7 +126,7 @@ def main() -> None:
     rows = [row for model, (_, products) in SHAPES.items() for name in products for row in measure(model, name)]
     layer = {
         way: sum(row["calls_a_layer"] * row["p50"] for row in rows if (row["model"], row["way"]) == (NAMED, way))
-        for way in ("one by one", "copied together", "ours")
+        for way in ("one by one", "copied together", "low apart", "ours")
     }
     print({way: round(us) for way, us in layer.items()})
     ratio = round(layer["one by one"] / layer["ours"], 3)

@@ -96,7 +96,7 @@ def errors(name):
             function, counter = compiled(lambda x: fast_lora._apply(getattr(fast_lora, name), x, *flat, *more))
             found[side], operators[side] = run(function), counter.operators
     wanted = exact(x, given, outer)
-    sides = ["unsloth_ext.sum_of_products.default" in operators[side] for side in ("ours", "theirs")]
+    sides = ["unsloth_ext.product_with_low.default" in operators[side] for side in ("ours", "theirs")]
     return {side: mean_off(found[side], wanted) for side in found} | {"ours was traced": sides}
 
 
@@ -158,7 +158,7 @@ def levels():
         "fused": sorted({script.fused for script in budget.scripts.values() if script.products}),
         "outlines": any(script.outline for script in budget.scripts.values()),
         "why": sorted({script.why for script in budget.scripts.values()}),
-        "ours was traced": "unsloth_ext.sum_of_products.default" in counter.operators,
+        "ours was traced": "unsloth_ext.product_with_low.default" in counter.operators,
     }
 
 
@@ -172,7 +172,7 @@ def routes():
     def note(name, *args, gradient=True):
         function, counter = compiled(lambda x: fast_lora._apply(fast_lora.LoRA_W, x, *args))
         function(x.clone().requires_grad_(gradient))
-        taken[name] = "unsloth_ext.sum_of_products.default" in counter.operators
+        taken[name] = "unsloth_ext.product_with_low.default" in counter.operators
 
     note("plain", *given)
     note("no dropout, no bias", *given, None, None)

@@ -61,12 +61,15 @@ def on_hopper():
 
 @pytest.fixture
 def sums(monkeypatch):
-    """How many sums of products the kernel has made since this was last asked."""
-    calls, own = [], products_hopper._Kernel.__call__
+    """How many sums of products the kernels have made since this was last asked."""
+    calls, kinds = [], (products_hopper._Kernel, products_hopper._KernelWithLow)
 
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        own(self, *args, **kwargs)
+    def counting(own):
+        def counted(self, *args, **kwargs):
+            calls.append(1)
+            own(self, *args, **kwargs)
+
+        return counted
 
     def asked():
         found = len(calls)
@@ -77,7 +80,9 @@ def sums(monkeypatch):
         for dtype in (torch.bfloat16, torch.float16):
             if on_hopper():
                 assert products_hopper._kernel(0, dtype, transposed) is not None
-    monkeypatch.setattr(products_hopper._Kernel, "__call__", counted)
+                assert products_hopper._kernel(0, dtype, transposed, True) is not None
+    for kind in kinds:
+        monkeypatch.setattr(kind, "__call__", counting(kind.__call__))
     return asked
 
 
@@ -114,7 +119,9 @@ def test_gate_and_up_are_found_again_bit_for_bit(length, sums):
     wide = [one for one in kept if one.ndim and one.shape[-1] == I and one.numel() == 2 * length * I]
     found = [projections.gate_or_up(name, x.detach(), *given[:2]).view(-1, I) for name in ("gate", "up")]
     assert len(wide) == 2 and all(any(torch.equal(one, w.view(-1, I)) for w in wide) for one in found)
-    assert sums() == (5 if length == 2048 and on_hopper() else 0)  # gate, up and down, and the first two again
+    assert sums() == (
+        6 if length == 2048 and on_hopper() else 0
+    )  # gate, up and down, the first two again, and low of up
 
 
 def test_nothing_is_copied_together():
@@ -127,7 +134,7 @@ def test_nothing_is_copied_together():
     backward = codes[-1]
     (operator,) = re.findall(r"(buf\d+) = torch\.ops\.unsloth_ext\.swiglu_lora_backward", backward)
     (wide,) = re.findall(rf"(buf\d+) = {operator}\[0\]", backward)
-    (gradient,) = (line for line in backward.splitlines() if "sum_of_products" in line and wide in line)
+    (gradient,) = (line for line in backward.splitlines() if "product_with_low" in line and wide in line)
     assert gradient.count(f"reinterpret_tensor({wide},") == 2, backward  # its halves, where they are
     assert f", {2 * I})" not in "".join(line for line in backward.splitlines() if "empty_strided" in line), backward
 

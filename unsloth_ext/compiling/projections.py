@@ -7,7 +7,8 @@ projection after the other:
   (`sum_of_products`): x W^T + (x A^T)(s B)^T in the forward, dY_1 W_1 + dY_2 W_2 + [p_1 | p_2] [A_1; A_2] with p = s dY B in the
   backward. The result is written once and not read again, and nothing is copied to where a wider product would read it. The bits are
   therefore not those of a sum after the product; `gate_or_up` computes two of them again.
-* The x A^T of one input are one product, the gradients of its A another, X^T [p_1 | p_2]: each reads the wide operand once.
+* The x A^T of one input, and p, are made by the first product that reads that input (`product_with_low`), not by one of their own; the
+  gradients of its A are one product, X^T [p_1 | p_2], which reads the wide operand once.
 * In the MLP the x A^T of down's input is made by what makes that input (`swiglu_lora`), and the gradients of gate's and up's B and of
   down's A are sums over the rows of what SwiGLU's backward has in its registers (`swiglu_lora_backward`): no passes of their own.
 * x A^T is kept from the forward, rank columns instead of the input's width that would have to be read once more.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from ..nf4 import dequantization
-from ..nf4.products import sum_of_products
+from ..nf4.products import low_of, product_with_low, sum_of_products
 from ..nf4.quant_state import BLOCKSIZES, quant_type, read
 from .projections_operators import swiglu_lora, swiglu_lora_backward
 
@@ -79,9 +80,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, packed, state, a, b, scaling):
-        flat = x.flatten(0, -2)
-        low = _low(flat, a)
-        y = _project(flat, low, packed, state, b, scaling)
+        y, low = _project_first(x.flatten(0, -2), (a,), packed, state, b, scaling)
         ctx.weight = packed, state
         ctx.scaling = scaling
         ctx.save_for_backward(x, a, b, low)
@@ -91,8 +90,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, a, b, low = ctx.saved_tensors
         dy = dy.flatten(0, -2)
-        p = dy @ _block_diagonal((b,), (ctx.scaling,), dy.dtype)
-        dx = _input_gradient((dy,), p, (ctx.weight,), (a,))
+        dx, p = _input_gradient((dy,), (b,), (ctx.scaling,), (ctx.weight,), (a,))
         (da,) = _gradients_of_a(p, (a,), x.flatten(0, -2))
         db = _gradient_of_b(dy, low, b, ctx.scaling)
         return dx.view_as(x), None, None, da, db, None
@@ -106,9 +104,8 @@ class QKV(torch.autograd.Function):
         ctx, x, q_packed, q_state, q_a, q_b, q_scaling, k_packed, k_state, k_a, k_b, k_scaling, v_packed, v_state, v_a, v_b, v_scaling
     ):  # fmt: skip
         flat, head = x.flatten(0, -2), x.shape[:-1]
-        low = _low(flat, q_a, k_a, v_a)
-        q_low, k_low, v_low = low.split([q_a.shape[0], k_a.shape[0], v_a.shape[0]], 1)
-        q = _project(flat, q_low, q_packed, q_state, q_b, q_scaling)
+        q, low = _project_first(flat, (q_a, k_a, v_a), q_packed, q_state, q_b, q_scaling)
+        _, k_low, v_low = low.split([q_a.shape[0], k_a.shape[0], v_a.shape[0]], 1)
         k = _project(flat, k_low, k_packed, k_state, k_b, k_scaling)
         v = _project(flat, v_low, v_packed, v_state, v_b, v_scaling)
         ctx.weights = (q_packed, q_state), (k_packed, k_state), (v_packed, v_state)
@@ -121,8 +118,7 @@ class QKV(torch.autograd.Function):
         x, q_a, q_b, k_a, k_b, v_a, v_b, low = ctx.saved_tensors
         a_s, b_s = (q_a, k_a, v_a), (q_b, k_b, v_b)
         dys = dq.flatten(0, -2), dk.flatten(0, -2), dv.flatten(0, -2)
-        p = torch.cat([dy @ _scaled(b, s, dy.dtype) for dy, b, s in zip(dys, b_s, ctx.scalings, strict=True)], 1)
-        dx = _input_gradient(dys, p, ctx.weights, a_s)
+        dx, p = _input_gradient(dys, b_s, ctx.scalings, ctx.weights, a_s)
         dq_a, dk_a, dv_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
         lows = low.split([a.shape[0] for a in a_s], 1)
         dq_b, dk_b, dv_b = (
@@ -141,9 +137,8 @@ class MLP(torch.autograd.Function):
         down_packed, down_state, down_a, down_b, down_scaling,
     ):  # fmt: skip
         flat, head = x.flatten(0, -2), x.shape[:-1]
-        low = _low(flat, gate_a, up_a)
-        gate_low, up_low = low.split([gate_a.shape[0], up_a.shape[0]], 1)
-        e = _project(flat, gate_low, gate_packed, gate_state, gate_b, gate_scaling)
+        e, low = _project_first(flat, (gate_a, up_a), gate_packed, gate_state, gate_b, gate_scaling)
+        _, up_low = low.split([gate_a.shape[0], up_a.shape[0]], 1)
         g = _project(flat, up_low, up_packed, up_state, up_b, up_scaling)
         h, down_low = swiglu_lora(e, g, down_a.to(e.dtype))
         y = _project(h, down_low, down_packed, down_state, down_b, down_scaling)
@@ -159,8 +154,7 @@ class MLP(torch.autograd.Function):
         x, gate_a, gate_b, up_a, up_b, down_a, down_b, e, g, low, down_low = ctx.saved_tensors
         gate_scaling, up_scaling, down_scaling = ctx.scalings
         dy = dy.flatten(0, -2)
-        p = dy @ _block_diagonal((down_b,), (down_scaling,), dy.dtype)
-        dh = _input_gradient((dy,), p, ctx.weights[2:], (down_a,))
+        dh, p = _input_gradient((dy,), (down_b,), (down_scaling,), ctx.weights[2:], (down_a,))
         ddown_b = _gradient_of_b(dy, down_low, down_b, down_scaling)
         a_s, b_s = (gate_a, up_a), (gate_b, up_b)
         wide, sums = swiglu_lora_backward(dh, e.flatten(0, -2), g.flatten(0, -2), low, p, gate_a.shape[0])
@@ -168,13 +162,19 @@ class MLP(torch.autograd.Function):
         dgate_b = (sums[:at].t() * gate_scaling).to(gate_b.dtype).contiguous()
         dup_b = (sums[at:end].t() * up_scaling).to(up_b.dtype).contiguous()
         ddown_a = sums[end : end + down_a.shape[0]].to(down_a.dtype)
-        p = wide @ _block_diagonal(b_s, (gate_scaling, up_scaling), wide.dtype)
+        dys = wide.split([gate_b.shape[0], up_b.shape[0]], 1)
+        dx, p = _input_gradient(dys, b_s, (gate_scaling, up_scaling), ctx.weights[:2], a_s)
         dgate_a, dup_a = _gradients_of_a(p, a_s, x.flatten(0, -2))
-        dx = _input_gradient(wide.split([gate_b.shape[0], up_b.shape[0]], 1), p, ctx.weights[:2], a_s)
         return (
             dx.view_as(x), None, None, dgate_a, dgate_b, None, None, None, dup_a, dup_b, None,
             None, None, ddown_a, ddown_b, None,
         )  # fmt: skip
+
+
+def _project_first(x, a_s, packed, state, b, scaling):
+    """(x W^T + low (s B)^T, [low | ...]) of x [T, K] and low = x A^T, for the first A of all that x meets."""
+    weight = dequantization.traced(packed, state, dtype=x.dtype)
+    return product_with_low((x,), (_stacked(a_s, x.dtype),), (weight,), _scaled(b, scaling, x.dtype))
 
 
 def _project(x, low, packed, state, b, scaling):
@@ -183,13 +183,13 @@ def _project(x, low, packed, state, b, scaling):
     return sum_of_products((x, low), (weight, _scaled(b, scaling, x.dtype)))
 
 
-def _input_gradient(dys, p, weights, a_s):
-    """dY_1 W_1 + dY_2 W_2 + ... + [p_1 | p_2 | ...] [A_1; A_2; ...], where p may have columns more."""
-    rows = [a.to(p.dtype) for a in a_s]
-    rank = sum(a.shape[0] for a in a_s)
-    below = torch.cat(rows) if len(rows) > 1 else rows[0]
-    dense = [dequantization.traced(packed, state, dtype=p.dtype, again=True) for packed, state in weights]
-    return sum_of_products((*dys, p[:, :rank]), (*dense, below), transposed=False)
+def _input_gradient(dys, b_s, scalings, weights, a_s):
+    """(dY_1 W_1 + dY_2 W_2 + ... + p [A_1; A_2; ...], p), where p = [s dY_1 B_1 | s dY_2 B_2 | ...] and zero columns to a multiple of 8."""
+    dtype = dys[0].dtype
+    up = _stacked(a_s, dtype)  # before the weights: Dynamo fails on a size that a quant_state alone gives it
+    dense = [dequantization.traced(packed, state, dtype=dtype, again=True) for packed, state in weights]
+    downs = _block_diagonal(b_s, scalings, dtype).split([b.shape[0] for b in b_s])
+    return product_with_low(dys, downs, dense, up, transposed=False)
 
 
 def _scaled(b, scaling, dtype):
@@ -204,16 +204,18 @@ def gate_or_up(name: str, x: torch.Tensor, gate, up) -> torch.Tensor:
     """
     if why := mlp_refusal(x, gate, up):
         raise ValueError(f"gate and up must be NF4 projections with LoRA as MLP takes them: {why}")
-    flat, at = x.flatten(0, -2), ("gate", "up").index(name)
-    low = _low(flat, gate[2], up[2]).split([gate[2].shape[0], up[2].shape[0]], 1)[at]
-    packed, state, _, b, scaling = (gate, up)[at]
-    return _project(flat, low, packed, state, b, scaling).unflatten(0, x.shape[:-1])
+    flat, a_s = x.flatten(0, -2), (gate[2], up[2])
+    if name == "gate":
+        packed, state, _, b, scaling = gate
+        return _project_first(flat, a_s, packed, state, b, scaling)[0].unflatten(0, x.shape[:-1])
+    packed, state, _, b, scaling = up
+    low = low_of((flat,), (_stacked(a_s, x.dtype),), gate[3].shape[0])
+    return _project(flat, low[:, gate[2].shape[0] :], packed, state, b, scaling).unflatten(0, x.shape[:-1])
 
 
-def _low(x, *a_s):
-    """[x A_1^T | x A_2^T | ...], reading x once."""
-    a_s = [a.to(x.dtype) for a in a_s]
-    return x @ (torch.cat(a_s) if len(a_s) > 1 else a_s[0]).t()
+def _stacked(a_s, dtype):
+    a_s = [a.to(dtype) for a in a_s]
+    return torch.cat(a_s) if len(a_s) > 1 else a_s[0]
 
 
 def _block_diagonal(b_s, scalings, dtype):

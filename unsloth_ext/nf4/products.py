@@ -12,11 +12,19 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["sum_of_products"]
+__all__ = ["low_of", "product_with_low", "sum_of_products"]
 
 _library = torch.library.Library("unsloth_ext", "FRAGMENT")
 _library.define(
     "sum_of_products(Tensor[] xs, Tensor[] weights, bool transposed, Tensor? onto=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "product_with_low(Tensor[] xs, Tensor[] downs, Tensor[] weights, Tensor up, bool transposed) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "low_of(Tensor[] xs, Tensor[] downs, bool transposed, SymInt columns) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -37,6 +45,32 @@ def sum_of_products(
     if not xs or len(xs) != len(weights):
         raise ValueError(f"as many weights as inputs are needed, at least one, got {len(xs)} and {len(weights)}")
     return torch.ops.unsloth_ext.sum_of_products(list(xs), list(weights), transposed, onto)
+
+
+def product_with_low(
+    xs: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    up: torch.Tensor,
+    transposed: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, low): low the sum over i of x_i D_i^T, and y the sum of x_i W_i^T and of low's first columns times U^T; D_i, W_i and U as they
+    are where not `transposed`. What LoRA's forward is, with D for A and U for s B, and its input's gradient, with D for s B and U for A.
+
+    xs, weights: as for `sum_of_products`. downs: [R, K_i], where not `transposed` [K_i, R]. up: [N, r], where not `transposed` [r, N], r at
+    most R. low: [T, R], rounded to the dtype of xs before it goes on. Not differentiable. On Hopper x is read once for both where low finds
+    room beside y. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    if not xs or not len(xs) == len(weights) == len(downs):
+        raise ValueError(f"as many weights as inputs are needed, got {len(xs)}, {len(downs)} and {len(weights)}")
+    return torch.ops.unsloth_ext.product_with_low(list(xs), list(downs), list(weights), up, transposed)
+
+
+def low_of(
+    xs: Sequence[torch.Tensor], downs: Sequence[torch.Tensor], columns: int, transposed: bool = True
+) -> torch.Tensor:
+    """The low of `product_with_low`, bit for bit, whose y has `columns` columns."""
+    return torch.ops.unsloth_ext.low_of(list(xs), list(downs), transposed, columns)
 
 
 def _check(xs, weights, transposed, onto) -> int:
@@ -88,12 +122,73 @@ def _on_card(xs, weights, transposed, onto=None):
     return y
 
 
+def _check_low(xs, downs, weights, up, transposed) -> int:
+    """N."""
+    rank, columns = _check(xs, downs, transposed, None), _check(xs, weights, transposed, None)
+    wanted = (columns, "up to", rank) if transposed else ("up to", rank, columns)
+    if up.dim() != 2 or up.shape[0 if transposed else 1] != columns or up.shape[1 if transposed else 0] > rank:
+        raise ValueError(f"up must be {' '.join(map(str, wanted))}, got {list(up.shape)}")
+    if up.dtype != xs[0].dtype or up.device != xs[0].device:
+        raise ValueError("inputs and weights must be of one dtype and on one device")
+    return columns
+
+
+@torch.no_grad()
+def _one_after_the_other(xs, downs, weights, up, transposed):
+    _check_low(xs, downs, weights, up, transposed)
+    low = _one_by_one(xs, downs, transposed)
+    part = low[:, : up.shape[1 if transposed else 0]]
+    return torch.ops.unsloth_ext.sum_of_products([*xs, part], [*weights, up], transposed, None), low
+
+
+@torch.no_grad()
+def _together(xs, downs, weights, up, transposed):
+    from . import products_hopper
+
+    columns = _check_low(xs, downs, weights, up, transposed)
+    kernel = products_hopper.kernel_with_low(xs, downs, weights, up, transposed, columns)
+    if kernel is None:
+        return _one_after_the_other(xs, downs, weights, up, transposed)
+    y, low = (xs[0].new_empty(xs[0].shape[0], n) for n in (columns, downs[0].shape[0 if transposed else 1]))
+    kernel(xs, downs, low, weights, up, y)
+    return y, low
+
+
+@torch.no_grad()
+def _low_alone(xs, downs, transposed, columns):
+    from . import products_hopper
+
+    rank = _check(xs, downs, transposed, None)
+    kernel = products_hopper.kernel_with_low(xs, downs, None, None, transposed, columns)
+    if kernel is None:
+        return _one_by_one(xs, downs, transposed)
+    low = xs[0].new_empty(xs[0].shape[0], rank)
+    kernel(xs, downs, low)
+    return low
+
+
+_library.impl("product_with_low", _one_after_the_other, "CPU")
+_library.impl("product_with_low", _together, "CUDA")
+_library.impl("low_of", lambda xs, downs, transposed, columns: _one_by_one(xs, downs, transposed), "CPU")
+_library.impl("low_of", _low_alone, "CUDA")
 _library.impl("sum_of_products", _one_by_one, "CPU")
 _library.impl("sum_of_products", _on_card, "CUDA")
+
+
+def _like(xs, weights, transposed):
+    return xs[0].new_empty(xs[0].shape[0], weights[0].shape[0 if transposed else 1])
+
+
 torch.library.register_fake(
     "unsloth_ext::sum_of_products",
-    lambda xs, weights, transposed, onto=None: xs[0].new_empty(
-        xs[0].shape[0], weights[0].shape[0 if transposed else 1]
-    ),
+    lambda xs, weights, transposed, onto=None: _like(xs, weights, transposed),
     lib=_library,
+)
+torch.library.register_fake(
+    "unsloth_ext::product_with_low",
+    lambda xs, downs, weights, up, transposed: (_like(xs, weights, transposed), _like(xs, downs, transposed)),
+    lib=_library,
+)
+torch.library.register_fake(
+    "unsloth_ext::low_of", lambda xs, downs, transposed, columns: _like(xs, downs, transposed), lib=_library
 )

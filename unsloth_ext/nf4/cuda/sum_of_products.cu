@@ -6,18 +6,38 @@
 // two others multiply, each 64 of a tile's 128 rows by all of its 256 columns, and write their results out by way of shared memory while
 // the next tiles come. Two programs, a cluster, take tiles below each other: each copies half of W's tile for both. Without that the
 // product costs 5% more time on an H200, at whose power limit it runs: all energy spent elsewhere is missing in the tensor cores.
+//
+// LOW: also low = x_1 D_1 + x_2 D_2 + ..., of at most 64 columns, and low U is part of y. Tiles of low, 256 rows each, are what some pairs of
+// programs begin with, those that have the fewest tiles of y; the others take a tile of low up at the end of a tile of y, when it has long been
+// written. So x is read for it while others multiply, and not by a kernel of its own. A counter for each program's rows says that a tile is
+// there; the last that reads it puts the counter back to zero. Programs that wait for others must all be running: such a launch is
+// cooperative. `programs_for_low` is known to the host too (products_hopper.py).
 #include "common.cuh"
-#ifndef WT  // W_i is [N, K_i]; else [K_i, N]
+#ifndef WT  // W_i is [N, K_i], D_i [R, K_i]; else [K_i, N], [K_i, R]
 #define WT 1
 #endif
+#ifndef LOW
+#define LOW 0
+#endif
 constexpr int STAGES = 4, SEGMENTS = 4, BM = 128, BN = 256, BK = 64, XSTAGE = BM * BK * 2, WSTAGE = BN * BK * 2;
+#if LOW
+constexpr int DSTAGE = 64 * BK * 2;
+#endif
 constexpr int GROUP = 8;  // pairs of row tiles that go together: what the programs read at one time stays in L2
 struct __align__(64) Map { uint64_t words[16]; };
 struct Problem {
   Map x[SEGMENTS], w[SEGMENTS], y;
+#if LOW
+  Map d[SEGMENTS];
+#endif
   int columns[SEGMENTS];  // K_i, 0 behind the last
   int M, N;
   int added;  // the segment whose W is the identity, or none: -1
+#if LOW
+  int of_low, pitch, rank;  // the segment whose x is low, behind all that have a D; low's rows are `pitch` apart, its columns a multiple of 8
+  uint16_t* low;
+  int* counters;  // 4 for each pair of row tiles, zeros
+#endif
 };
 SHARED_MEMORY
 
@@ -76,6 +96,42 @@ DEV void wgmma(float (&d)[128], uint64_t a, uint64_t b, int keep) {
                : D64(0), D64(64) : "l"(a), "l"(b), "r"(keep));
 }
 
+#if LOW
+#define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
+DEV void wgmma(float (&d)[32], uint64_t a, uint64_t b, int keep) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+               "%32, %33, p, 1, 1, 0, " TRANSPOSED "; }"
+               : D32(0) : "l"(a), "l"(b), "r"(keep));
+}
+// From how many pairs of programs the first take tiles of low: as many as have a tile of y less, unless those are too few.
+DEV int programs_for_low(int tiles, int rows, int every) {
+  const int idle = tiles % every ? every - tiles % every : every;
+  return 3 * idle >= rows ? idle : every;
+}
+DEV void count(int* counter) {
+  asm volatile("fence.proxy.async;\nfence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+DEV int counted(const int* counter) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  return v;
+}
+// Waits for both warpgroups' parts of low; the last of `readers` leaves zeros. Then the copy engine may read it.
+DEV void wait_for_low(int* counters, int readers) {
+  for (int i = 0; counted(counters) < 2; i++) {
+    asm volatile("nanosleep.u32 100;");
+    if (i == 1 << 27) asm volatile("trap;");  // 13 seconds and more: an error, and not a process that hangs
+  }
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counters + 1) : "memory");
+  if (before == readers - 1) {
+    asm volatile("st.relaxed.gpu.global.s32 [%0], 0;\nst.relaxed.gpu.global.s32 [%0 + 4], 0;" ::"l"(counters) : "memory");
+  }
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+#endif
+
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) sum_of_products(const __grid_constant__ Problem problem) {
   const uint32_t base = (shared_at(shared_memory) + 1023) & ~1023u, full = base, empty = base + 128;
   const uint32_t XS = base + 1024, WS = XS + STAGES * XSTAGE, OUT = WS + STAGES * WSTAGE;
@@ -86,7 +142,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
   }
   cluster_sync();
   const int pairs = (problem.M + 2 * BM - 1) / (2 * BM), across = (problem.N + BN - 1) / BN, tiles = pairs * across;
-  const int first = blockIdx.x / 2, every = gridDim.x / 2;
+  const int every = gridDim.x / 2, mine_of_all = blockIdx.x / 2, first = LOW ? every - 1 - mine_of_all : mine_of_all;
+#if LOW
+  const int for_low = programs_for_low(tiles, pairs, every), first_low = mine_of_all < for_low ? mine_of_all : pairs;
+#endif
   const auto place = [&](int tile, int& m, int& n) {
     const int of_group = GROUP * across, at = tile / of_group * GROUP, in = tile % of_group, size = min(pairs - at, GROUP);
     m = ((at + in % size) * 2 + rank) * BM, n = in / size * BN;
@@ -95,8 +154,24 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
   uint32_t phase = 0;
   const auto advance = [&] { if (++stage == STAGES) stage = 0, phase ^= 1; };
   if (group == 0) {  // ---- copies
-    fewer_registers<24>();
+    fewer_registers<LOW ? 40 : 24>();
     if (thread == 0) {
+#if LOW
+      for (int pair = first_low; pair < pairs; pair += for_low) {
+#pragma unroll 1
+        for (int segment = 0; segment < problem.of_low; segment++) {
+#pragma unroll 1
+          for (int k = 0; k < problem.columns[segment]; k += BK) {
+            bar_wait(empty + 8 * stage, phase ^ 1);
+            const uint32_t bar = full + 8 * stage;
+            bar_expect(bar, XSTAGE + DSTAGE);
+            load(XS + stage * XSTAGE, problem.x[segment], k, (2 * pair + rank) * BM, bar);
+            load(WS + stage * WSTAGE, problem.d[segment], WT ? k : 0, WT ? 0 : k, bar);
+            advance();
+          }
+        }
+      }
+#endif
       for (int tile = first; tile < tiles; tile += every) {
         int m, n;
         place(tile, m, n);
@@ -104,6 +179,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
         for (int segment = 0; segment < SEGMENTS; segment++) {
           const Map &x = problem.x[segment], &w = problem.w[segment];
           const int columns = problem.columns[segment], first_k = segment == problem.added ? n : 0, of_w = n - first_k;
+#if LOW
+          if (segment == problem.of_low) wait_for_low(problem.counters + m / BM * 2, across);
+#endif
 #pragma unroll 1
           for (int k = 0; k < columns; k += BK) {
             bar_wait(empty + 8 * stage, phase ^ 1);
@@ -121,26 +199,26 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
       }
     }
   } else {  // ---- multiplies
-    more_registers<240>();
+    more_registers<LOW ? 232 : 240>();
     const int mine = group - 1, t = thread & 127, warp = t >> 5, lane = t & 31;
     const uint64_t kind = (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32;
     const uint64_t of_x = kind | (uint64_t)1 << 16 | ((XS + mine * (XSTAGE / 2)) & 0x3ffff) >> 4;
     const uint64_t of_w = kind | (uint64_t)(WT ? 1 : (WSTAGE / 4) >> 4) << 16 | (WS & 0x3ffff) >> 4;
     const uint32_t out = OUT + mine * 2 * 8192;
     constexpr int SLICE = WT ? 2 : 128;  // 16 of K, in W's tile
-    float d[128];
-    for (int tile = first; tile < tiles; tile += every) {
-      int before = -1;
-      const auto next = [&] {  // the stage before is free when its multiplications are done
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (before >= 0 && t < 2) arrive_at(empty + 8 * before, t);
-        before = stage;
-        advance();
-      };
+    int before;
+    const auto next = [&] {  // the stage before is free when its multiplications are done
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (before >= 0 && t < 2) arrive_at(empty + 8 * before, t);
+      before = stage;
+      advance();
+    };
+    const auto multiply = [&](auto& d, int segments) {  // x_1 W_1 + x_2 W_2 + ..., from the stages as they come
+      before = -1;
       int keep = 0;
 #pragma unroll 1
-      for (int segment = 0; segment < SEGMENTS; segment++) {
+      for (int segment = 0; segment < segments; segment++) {
         int columns = problem.columns[segment];
         for (; columns >= BK; columns -= BK) {
           bar_wait(full + 8 * stage, phase);
@@ -163,7 +241,29 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
       wgmma_wait<0>();
       if (t < 2) arrive_at(empty + 8 * before, t);
 #pragma unroll
-      for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
+      for (float& v : d) asm volatile("" : "+f"(v)::"memory");
+    };
+#if LOW
+    for (int pair = first_low; pair < pairs; pair += for_low) {
+      float d[32];
+      multiply(d, problem.of_low);
+      const int m = (2 * pair + rank) * BM, row = m + 64 * mine + 16 * warp + (lane >> 2);
+      uint16_t* to = problem.low + (int64_t)row * problem.pitch;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const int column = 8 * j + 2 * (lane & 3);
+        if (8 * j < problem.rank) {
+          if (row < problem.M) *(uint32_t*)(to + column) = both(d[4 * j], d[4 * j + 1]);
+          if (row + 8 < problem.M) *(uint32_t*)(to + 8 * problem.pitch + column) = both(d[4 * j + 2], d[4 * j + 3]);
+        }
+      }
+      sync_warpgroup(mine);
+      if (t == 0 && tiles) count(problem.counters + m / BM * 2);
+    }
+#endif
+    float d[128];
+    for (int tile = first; tile < tiles; tile += every) {
+      multiply(d, SEGMENTS);
       int m, n;
       place(tile, m, n);
       const int row = 16 * warp + (lane & 15);
