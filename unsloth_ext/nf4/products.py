@@ -102,6 +102,10 @@ def _check(xs, weights, transposed, onto) -> int:
 @torch.no_grad()
 def _one_by_one(xs, weights, transposed, onto=None):
     _check(xs, weights, transposed, onto)
+    return _added(xs, weights, transposed, onto)
+
+
+def _added(xs, weights, transposed, onto=None):
     weights = [weight.t() if transposed else weight for weight in weights]
     y = xs[0] @ weights[0]
     for x, weight in zip(xs[1:], weights[1:], strict=True):
@@ -111,12 +115,15 @@ def _one_by_one(xs, weights, transposed, onto=None):
 
 @torch.no_grad()
 def _on_card(xs, weights, transposed, onto=None):
+    return _added_on_card(xs, weights, transposed, onto, _check(xs, weights, transposed, onto))
+
+
+def _added_on_card(xs, weights, transposed, onto, columns):
     from . import products_hopper
 
-    columns = _check(xs, weights, transposed, onto)
     kernel = products_hopper.kernel_for(xs, weights, transposed, columns, onto)
     if kernel is None:
-        return _one_by_one(xs, weights, transposed, onto)
+        return _added(xs, weights, transposed, onto)
     y = xs[0].new_empty(xs[0].shape[0], columns)
     kernel(xs, weights, y, onto)
     return y
@@ -134,11 +141,11 @@ def _check_low(xs, downs, weights, up, transposed) -> int:
 
 
 @torch.no_grad()
-def _one_after_the_other(xs, downs, weights, up, transposed):
-    _check_low(xs, downs, weights, up, transposed)
-    low = _one_by_one(xs, downs, transposed)
-    part = low[:, : up.shape[1 if transposed else 0]]
-    return torch.ops.unsloth_ext.sum_of_products([*xs, part], [*weights, up], transposed, None), low
+def _one_after_the_other(xs, downs, weights, up, transposed, checked: int | None = None):
+    columns = checked or _check_low(xs, downs, weights, up, transposed)
+    low = _added(xs, downs, transposed)
+    summands = [*xs, low[:, : up.shape[1 if transposed else 0]]], [*weights, up], transposed, None
+    return _added_on_card(*summands, columns) if low.is_cuda else _added(*summands), low
 
 
 @torch.no_grad()
@@ -148,7 +155,7 @@ def _together(xs, downs, weights, up, transposed):
     columns = _check_low(xs, downs, weights, up, transposed)
     kernel = products_hopper.kernel_with_low(xs, downs, weights, up, transposed, columns)
     if kernel is None:
-        return _one_after_the_other(xs, downs, weights, up, transposed)
+        return _one_after_the_other(xs, downs, weights, up, transposed, columns)
     y, low = (xs[0].new_empty(xs[0].shape[0], n) for n in (columns, downs[0].shape[0 if transposed else 1]))
     kernel(xs, downs, low, weights, up, y)
     return y, low
@@ -161,7 +168,7 @@ def _low_alone(xs, downs, transposed, columns):
     rank = _check(xs, downs, transposed, None)
     kernel = products_hopper.kernel_with_low(xs, downs, None, None, transposed, columns)
     if kernel is None:
-        return _one_by_one(xs, downs, transposed)
+        return _added(xs, downs, transposed)
     low = xs[0].new_empty(xs[0].shape[0], rank)
     kernel(xs, downs, low)
     return low
