@@ -3,8 +3,8 @@
     python benchmarks/bench_products.py        # on a Hopper card, under a minute
 
 Baselines: "one by one", a product and then the others added in place, which is how Unsloth's functions and peft's modules do it; "copied
-together", one product of matrices that are set side by side first; "low apart", x A^T by a kernel of its own before ours. Rank 16, bf16. The card is at its power limit in such products, so
-each is repeated for a tenth of a second, in turns, and a time is the average of that.
+together", one product of matrices that are set side by side first; "low apart", x A^T by a kernel of its own before ours. Rank 16, bf16. The
+card is at its power limit in such products, so each is repeated for a tenth of a second, in turns, and a time is the average of that.
 """
 
 import record
@@ -84,9 +84,8 @@ def measure(model: str, name: str) -> list[dict]:
     def added(how):
         return how([*inputs, low()], [*weights, up], transposed)
 
-    together = torch.cat(
-        [*weights, up], 1 if transposed else 0
-    )  # in the model LoRA's part would be copied in each step, a small thing
+    # In the model LoRA's part would be copied in each step, a small thing.
+    together = torch.cat([*weights, up], 1 if transposed else 0)
 
     def copied_together():
         return torch.cat([*inputs, low()], 1) @ (together.t() if transposed else together)
@@ -97,10 +96,11 @@ def measure(model: str, name: str) -> list[dict]:
         "low apart": lambda: added(sum_of_products),
         "ours": lambda: product_with_low(inputs, downs, weights, up, transposed)[0] if rank else added(sum_of_products),
     }
-    xs, weights_and_up = [*inputs, low()], [*weights, up]
-    exact = sum(
-        x.float() @ (w.float().t() if transposed else w.float()) for x, w in zip(xs, weights_and_up, strict=True)
-    )
+
+    def in_fp32(xs, weights):
+        return sum(x.float() @ (w.float().t() if transposed else w.float()) for x, w in zip(xs, weights, strict=True))
+
+    exact = in_fp32(inputs, weights) + in_fp32([in_fp32(inputs, downs)[:, :used] if rank else below], [up])
     off = {way: ((run().float() - exact).norm() / exact.norm()).item() for way, run in ways.items()}
     del exact
     calls = {way: max(3, int(SECONDS / (average_us(run, 3) / 1e6))) for way, run in ways.items()}
