@@ -70,15 +70,17 @@ def test_one_graph_for_64_packings(backend):
             )  # fmt: skip
 
     compiled, first = torch.compile(Layer(), backend=counter, fullgraph=True, dynamic=True), 0
-    for _ in range(64):
-        lengths = [130, *random_lengths(random.randint(1, 8), 300)]
-        row = row_on_card(lengths, torch.bfloat16, 64)
-        if reason := refusal(backend, row[0], softcap):
-            pytest.skip(reason)
-        cu_seqlens = boundaries(lengths, "cuda")
-        masks = block_masks(cu_seqlens, sum(lengths), (100,)) if backend == "flex" else None
-        found = result_and_gradients(compiled, *row, cu_seqlens, 384, masks)
-        first = first or counter.frame_count
+    # As compile_model has it: else seven documents, whose eight boundaries are as many as heads, are a graph of their own.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        for _ in range(64):
+            lengths = [130, *random_lengths(random.randint(1, 8), 300)]
+            row = row_on_card(lengths, torch.bfloat16, 64)
+            if reason := refusal(backend, row[0], softcap):
+                pytest.skip(reason)
+            cu_seqlens = boundaries(lengths, "cuda")
+            masks = block_masks(cu_seqlens, sum(lengths), (100,)) if backend == "flex" else None
+            found = result_and_gradients(compiled, *row, cu_seqlens, 384, masks)
+            first = first or counter.frame_count
     assert counter.frame_count == first <= 2
     wanted = exact(*row, cu_seqlens, scale=0.125, window=100, softcap=softcap)
     assert worst(found, wanted) < BOUNDS[torch.bfloat16]
@@ -116,7 +118,7 @@ def test_an_operator(backend, operator, window):
 
 
 @pytest.mark.parametrize("backend", ["flash4", "cudnn"])
-@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 1), (6, 2)])
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 1), (6, 2), (14, 2)])
 @pytest.mark.parametrize(
     "lengths, window", [([70] * 16, None), ([300], None), ([9] * 300, None), ([1] * 40, 5), ([1500, 20, 0, 900], 2000)]
 )
@@ -205,6 +207,7 @@ def rows_on_card(batch, length, dtype, width, heads=8, kv_heads=2):
         (torch.bfloat16, 64, 100, 8, 1),
         (torch.float16, 128, 5000, 6, 6),
         (torch.float16, 96, 100, 8, 2),
+        (torch.bfloat16, 128, None, 14, 2),
     ],
 )
 def test_rows(dtype, width, window, heads, kv_heads):
