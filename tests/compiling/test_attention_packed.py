@@ -234,8 +234,12 @@ def test_where_flash_attention_4_cannot_be_had(monkeypatch, capability, interfac
 
 
 def test_flash_attention_4_is_tried_before_it_is_taken(monkeypatch, caplog):
+    tried = []
+
     def wrong(device, *kind):
-        raise RuntimeError("its first dq was off by 1.0e+00")
+        tried.append(kind)
+        if kind[-1] or len(tried) == 1:
+            raise RuntimeError("its first dq was off by 1.0e+00")
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(attention_flash4, "_kernels", lambda: None)
@@ -248,6 +252,12 @@ def test_flash_attention_4_is_tried_before_it_is_taken(monkeypatch, caplog):
     for _ in range(2):
         assert "off by 1.0e+00" in attention_flash4.lacking(0)
     assert len(caplog.records) == 1
+    rows = False, torch.float16, 96, 7
+    assert attention_flash4.lacking(0, *rows) == ""
+    assert "off by 1.0e+00" in attention_flash4.lacking(
+        0, *rows, True
+    )  # a window is another kernel, and not instead of the plain one
+    assert tried == [(True, torch.bfloat16, 128, 4, False), (*rows, False), (*rows, True)]
     attention_flash4._tried.cache_clear()
 
 

@@ -20,7 +20,7 @@ FLASH4 = "unsloth_ext.flash4_attention"
 @pytest.fixture
 def installed(monkeypatch):
     """flash-attn-4 as if it were there, for tensors that pretend to be on a card."""
-    monkeypatch.setattr(attention_rows, "ASKED_FOR", True)
+    monkeypatch.setattr(attention_rows, "ON", True)
     monkeypatch.setattr(attention_rows, "find_spec", lambda name: name == "flash_attn.cute" or None)
     monkeypatch.setattr(
         attention_flash4, "lacking", lambda index, packed=True, *kind: "" if not packed else "asked of documents"
@@ -92,6 +92,17 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
                 assert refusal(*large) == why
 
 
+def test_the_kind_that_is_tried(installed, monkeypatch):
+    """Heads that share a key, and a window, are other kernels."""
+    kinds = []
+    monkeypatch.setattr(attention_flash4, "lacking", lambda index, *kind: kinds.append(kind) or "")
+    with FakeTensorMode(), like_compiled():
+        query, key, _ = rows(2, LEAST)
+        single = torch.empty(2, LEAST, 1, 64, dtype=key.dtype, device="cuda")
+        assert refusal(query, key, key, 100) == refusal(query, single, single) == ""
+    assert kinds == [(False, torch.bfloat16, 64, 4, True), (False, torch.bfloat16, 64, 8, False)]
+
+
 def test_transformers_attention(installed, monkeypatch):
     """Rows without a mask go there; padded ones, dropout and short batches go where transformers' own do."""
     pytest.importorskip("transformers")
@@ -115,7 +126,7 @@ def test_transformers_attention(installed, monkeypatch):
             assert traced(lambda *t, more=more: attend(*t, **more), large) == [0], more
         torch._dynamo.reset()
         assert traced(attend, rows(2, 500)) == [0]
-        monkeypatch.setattr(attention_rows, "ASKED_FOR", False)
+        monkeypatch.setattr(attention_rows, "ON", False)
         torch._dynamo.reset()
         assert traced(attend, large) == [0]
 
@@ -196,7 +207,7 @@ print("FOUND" + json.dumps(found))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="traces for a card that is not there")
 def test_unsloth_s_dispatch(python):
     path = Path(__file__).parent, Path(__file__).parents[2]
-    process = python(SCRIPT, path=path, UNSLOTH_ALLOW_CPU="1", UNSLOTH_EXT_ROW_ATTENTION="1")
+    process = python(SCRIPT, path=path, UNSLOTH_ALLOW_CPU="1")
     found = json.loads(process.stdout.rpartition("FOUND")[2])
     assert found.pop("state") == ["applied", ""]
 

@@ -70,8 +70,8 @@ def packed_attention(
     """
     _check(query, key, value, cu_seqlens, window, softcap)
     if backend == "auto":
-        backend = choose(query, softcap)
-    elif reason := refusal(backend, query, softcap):
+        backend = choose(query, softcap, key.shape[1], window)
+    elif reason := refusal(backend, query, softcap, key.shape[1], window):
         raise ValueError(f"backend={backend!r} cannot do this call: {reason}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "flash":
@@ -100,7 +100,9 @@ def packed_attention(
     return exact(query, key, value, cu_seqlens, scale, window, softcap)[0]
 
 
-def choose(query: torch.Tensor, softcap: float | None = None) -> str:
+def choose(
+    query: torch.Tensor, softcap: float | None = None, kv_heads: int | None = None, window: int | None = None
+) -> str:
     """The backend that "auto" means for this query."""
     if query.device.type == "cpu":
         return "exact"
@@ -108,7 +110,7 @@ def choose(query: torch.Tensor, softcap: float | None = None) -> str:
     for backend in PREFERRED:
         if backend in ("flash4", "cudnn") and "flash" in PREFERRED and _another_flash():
             continue
-        reason = refusal(backend, query, softcap)
+        reason = refusal(backend, query, softcap, kv_heads, window)
         if not reason:
             return backend
         reasons[backend] = reason
@@ -119,8 +121,15 @@ def choose(query: torch.Tensor, softcap: float | None = None) -> str:
     )
 
 
-def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> str:
-    """Why `backend` cannot take this query, [T, H, D]; "" where it can. "flash4" also takes rows, [B, T, H, D]."""
+def refusal(
+    backend: str,
+    query: torch.Tensor,
+    softcap: float | None = None,
+    kv_heads: int | None = None,
+    window: int | None = None,
+) -> str:
+    """Why `backend` cannot take this query, [T, H, D]; "" where it can. "flash4" also takes rows, [B, T, H, D]. kv_heads: of key and value; a
+    quarter of the query's where None."""
     width, half = query.shape[-1], query.dtype in (torch.float16, torch.bfloat16)
     if backend == "exact":
         return ""
@@ -149,7 +158,9 @@ def refusal(backend: str, query: torch.Tensor, softcap: float | None = None) -> 
             return "the query has 2**31 elements or more"  # cuDNN's offsets are int32
         if torch.are_deterministic_algorithms_enabled():
             return "its backward is not deterministic"  # cuDNN has one, with memory for every pair of tokens
-        return _lacking(backend, query.device.index, query.dim() == 3, query.dtype, index(width))
+        group = 4 if kv_heads is None else query.shape[-2] // kv_heads
+        kind = query.dim() == 3, query.dtype, index(width), index(group), window is not None
+        return _lacking(backend, query.device.index, *kind)
     if width > 256:
         return f"head sizes to 256, this is {width}"
     return "it needs Ampere or newer, this card is older" if _too_old(query.device.index) else ""
@@ -169,12 +180,10 @@ def _another_flash() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _lacking(backend: str, index: int | None, packed: bool, dtype: torch.dtype, width: int) -> str:
+def _lacking(backend: str, index: int | None, *kind) -> str:
     from . import attention_cudnn, attention_flash4
 
-    return (
-        attention_flash4.lacking(index, packed, dtype, width) if backend == "flash4" else attention_cudnn.lacking(index)
-    )
+    return attention_flash4.lacking(index, *kind) if backend == "flash4" else attention_cudnn.lacking(index)
 
 
 def _flash(query, key, value, cu_seqlens, max_seqlen, scale, window):

@@ -30,9 +30,17 @@ _SIDES = {name: (f"{name}_q", f"{name}_k") for name in ("cu_seqlens", "max_seqle
 _NEAR = 2e-2  # of the largest value, bf16: what a first result may be off
 
 
-def lacking(index: int | None, packed: bool = True, dtype: torch.dtype = torch.bfloat16, width: int = 128) -> str:
-    """Why flash-attn-4 cannot be had on card `index` for packed documents, or for rows, of heads of this kind; "" where it can. It is asked by
-    a forward and a backward, once a process for each kind; where it is installed and does not do that, or wrongly, the log says so."""
+def lacking(
+    index: int | None,
+    packed: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    width: int = 128,
+    group: int = 4,
+    windowed: bool = False,
+) -> str:
+    """Why flash-attn-4 cannot be had on card `index` for packed documents, or for rows, of heads of this kind, `group` of which share a key, and
+    a window; "" where it can. It is asked by a forward and a backward, once a process for each kind, which compiles what the call will
+    need; where it is installed and does not do that, or wrongly, the log says so."""
     if torch.cuda.device_count() == 0 or torch.version.hip is not None:
         return "there is no NVIDIA card"
     if torch.cuda.get_device_capability(index)[0] != 9:
@@ -43,13 +51,17 @@ def lacking(index: int | None, packed: bool = True, dtype: torch.dtype = torch.b
         return f"it needs flash-attn-4 ({' '.join(str(error).split())[:200]})"
     if torch.cuda.is_current_stream_capturing():
         return "it cannot be tried while a CUDA graph is captured"
-    return _tried(index, packed, dtype, width)
+    # What is left of a window where all documents are shorter is another kernel.
+    return _tried(index, packed, dtype, width, group, False) or (
+        _tried(index, packed, dtype, width, group, True) if windowed else ""
+    )
 
 
 @functools.cache
-def _tried(index: int | None, packed: bool, dtype: torch.dtype, width: int) -> str:
+def _tried(index: int | None, packed: bool, dtype: torch.dtype, width: int, group: int, windowed: bool) -> str:
     try:
-        _try(torch.device("cuda", torch.cuda.current_device() if index is None else index), packed, dtype, width)
+        device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        _try(device, packed, dtype, width, group, windowed)
     except torch.OutOfMemoryError:  # says nothing about it
         raise
     except Exception as error:
@@ -152,7 +164,7 @@ def _call(function, tensors, cu_seqlens, max_seqlen, scale, window, **more):
             ) from error
 
 
-def _try(device: torch.device, packed: bool, dtype: torch.dtype, width: int) -> None:
+def _try(device: torch.device, packed: bool, dtype: torch.dtype, width: int, group: int, windowed: bool) -> None:
     """Raises RuntimeError if a forward and a backward do not give what fp32 gives."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -161,9 +173,10 @@ def _try(device: torch.device, packed: bool, dtype: torch.dtype, width: int) -> 
     plain = torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False)
     with unset_fake_temporarily(), plain[0], plain[1], plain[2]:
         generator = torch.Generator(device).manual_seed(0)  # leaves the user's random state alone
-        row = [torch.randn(400, heads, width, device=device, generator=generator).to(dtype) for heads in (8, 2, 2, 8)]
+        heads = 2 * group, 2, 2, 2 * group
+        row = [torch.randn(400, n, width, device=device, generator=generator).to(dtype) for n in heads]
         ends = torch.tensor([0, 150 if packed else 200, 400], dtype=torch.int32, device=device)
-        rest = width**-0.5, None
+        rest = width**-0.5, 100 if windowed else None
         given, where = (row, (ends, 250)) if packed else ([t.unflatten(0, (2, 200)) for t in row], (None, 200))
         out, logsumexp = flash4_attention(*given[:3], *where, *rest)
         found = out, *flash4_attention_backward(given[3], *given[:3], out, logsumexp, *where, *rest)

@@ -11,8 +11,8 @@ others. As long as no graph was traced with a full length, one serves all of the
 trains on batches of any length gets no recompilation for a full one among a hundred. One operator for both, which asks when it runs, was
 quicker on full rows and slower on short ones, where the host is the limit (benchmarks/NOTES.md).
 
-With UNSLOTH_EXT_ROW_ATTENTION=1, where the package flash-attn-4 is installed, none of that happens to larger batches in a graph
-(attention_rows.py): no plan for each length, no padding, and no [T, T] mask for a sliding window.
+Where the package flash-attn-4 is installed none of that happens to larger batches in a graph (attention_rows.py): no plan for each length,
+no padding, and no [T, T] mask for a sliding window.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 
 from ..patching import Patch, SetAttribute, Target
+from .measured_cards import refuse_where_not_measured
 
 _SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"
 _DISPATCH = "unsloth.utils.attention_dispatch"
@@ -95,6 +96,7 @@ def _rows(module, target):
     from .as_traced import as_traced
     from .attention_rows import refusal, row_attention
 
+    refuse_where_not_measured(_SWITCH)
     original, sdpa, xformers = module._run_attention, module.SDPA, module.XFORMERS
 
     def takes(config, context):
@@ -110,8 +112,9 @@ def _rows(module, target):
         if as_traced() and takes(config, context):
             query, key, value = (t.transpose(1, 2) for t in (Q, K, V))
             # Context parallelism puts its own attention under SDPA, on parts of the rows.
-            if not refusal(query, key, value) and module.get_cp_manager() is None:
-                return row_attention(query, key, value, *scale_and_window(config, context))
+            scale, window = scale_and_window(config, context)
+            if not refusal(query, key, value, window) and module.get_cp_manager() is None:
+                return row_attention(query, key, value, scale, window)
         return original(config=config, context=context, Q=Q, K=K, V=V)
 
     return [SetAttribute(module, "_run_attention", _run_attention)]
@@ -136,11 +139,12 @@ PATCHES = (
     Patch(
         id="compiling.row_attention",
         challenge="C",
-        summary="attention of a compiled layer by FlashAttention 4 where flash-attn-4 is installed: less time, no plan for each new length, no mask for a window",
+        summary="attention of a compiled layer by FlashAttention 4 where flash-attn-4 is installed: less time, no plan for each new length, no mask for a window (by itself on Hopper)",
         targets=(Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",)),),
         relies_on=(Target("unsloth.context_parallel", "get_cp_manager", _SINCE, ("93818e36ae785d23",)),),
         changes=_rows,
         run_time_only="the operator around flash-attn-4 that a graph needs would have to come with it",
         switch=_SWITCH,
+        on_unless_switched_off=True,
     ),
 )

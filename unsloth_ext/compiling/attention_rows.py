@@ -5,7 +5,7 @@ multiples of 128, copies of query, key, value and of what comes out. FlashAttent
 0.91 of cuDNN's at 2 x 4096 tokens, 0.87 at 32768 (benchmarks/NOTES.md). A call costs the host more than SDPA's, 0.2 ms, so small batches
 are left to SDPA.
 
-Only where UNSLOTH_EXT_ROW_ATTENTION=1 asks for it: a tight memory_budget was slower with it, which is mended and not measured since.
+UNSLOTH_EXT_ROW_ATTENTION=0 turns it off.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from . import attention
 from .as_traced import as_traced
 
 # In plain transformers; in Unsloth the patch of that switch is in or not.
-ASKED_FOR = os.environ.get("UNSLOTH_EXT_ROW_ATTENTION", "").strip().lower() not in ("", "0", "no", "off", "false")
+ON = os.environ.get("UNSLOTH_EXT_ROW_ATTENTION", "").strip().lower() not in ("0", "no", "off", "false")
 LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
 
 
-def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None) -> str:
     """Why `row_attention` cannot take these, or had better not; "" where it can. Shapes as there. In a graph whose sizes are symbols it
     makes two graphs of batches with more and with fewer tokens than LEAST."""
     if not as_traced():
@@ -38,7 +38,7 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
         return "lengths or head sizes differ"
     if query.shape[2] % key.shape[2] or not query.dtype == key.dtype == value.dtype:
         return "heads do not share keys evenly, or dtypes differ"
-    return attention.refusal("flash4", query)
+    return attention.refusal("flash4", query, kv_heads=key.shape[2], window=window)
 
 
 @torch.compiler.assume_constant_result

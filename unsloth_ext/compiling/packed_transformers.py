@@ -140,7 +140,7 @@ def _attention(backend):
         if softcap is not None:
             return _softcapped(query, key, value, attention_mask, dropout, scaling, softcap, is_causal, module.training)
         if (
-            attention_rows.ASKED_FOR
+            attention_rows.ON
             and as_traced()
             and backend in ("auto", "flash4")
             and attention_mask is None
@@ -149,7 +149,7 @@ def _attention(backend):
         ):
             rows = [t.transpose(1, 2) for t in _one_dtype(query, key, value)]
             if (
-                not attention_rows.refusal(*rows)
+                not attention_rows.refusal(*rows, window)
                 and kwargs.get("s_aux") is None
                 and kwargs.get("position_bias") is None
             ):
