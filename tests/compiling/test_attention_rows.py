@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unsloth_ext.compiling import attention, attention_flash4, attention_rows
+from unsloth_ext.compiling import attention, attention_flash4, attention_patch, attention_rows
 from unsloth_ext.compiling.as_traced import like_compiled
 from unsloth_ext.compiling.attention_rows import LEAST, refusal, row_attention
+from unsloth_ext.compiling.measured_cards import are_measured
 from unsloth_ext.compiling.packed_transformers import _attention
+from unsloth_ext.patching import NotHere
 
 FLASH4 = "unsloth_ext.flash4_attention"
 
@@ -22,6 +24,7 @@ def installed(monkeypatch):
     """flash-attn-4 as if it were there, for tensors that pretend to be on a card."""
     monkeypatch.setattr(attention_rows, "ON", True)
     monkeypatch.setattr(attention_rows, "find_spec", lambda name: name == "flash_attn.cute" or None)
+    monkeypatch.setattr(attention_flash4, "another_card", lambda index: "")
     monkeypatch.setattr(
         attention_flash4, "lacking", lambda index, packed=True, *kind: "" if not packed else "asked of documents"
     )
@@ -58,6 +61,14 @@ def test_one_graph_of_any_length_on_each_side(installed):
         assert traced(chosen, rows(3, LEAST), rows(4, 300), rows(7, 200), rows(5, 2000)) == [1, 0]
 
 
+def test_what_is_never_taken_makes_no_graph(installed, monkeypatch):
+    with FakeTensorMode():
+        assert traced(chosen, rows(3, LEAST, width=80), rows(4, 300, width=80)) == [0]
+        torch._dynamo.reset()
+        monkeypatch.setattr(attention_flash4, "another_card", lambda index: "Blackwell")
+        assert traced(chosen, rows(3, LEAST), rows(4, 300)) == [0]
+
+
 def test_what_is_left_to_other_kernels(installed, monkeypatch):
     with FakeTensorMode():
         large, fp32 = rows(2, LEAST), rows(2, LEAST, torch.float32)
@@ -74,7 +85,7 @@ def test_what_is_left_to_other_kernels(installed, monkeypatch):
                 query,
                 *[torch.empty(2, LEAST, 3, 64, dtype=query.dtype, device="cuda")] * 2,
             ),
-            "or dtypes differ": (fp32[0], key, value),
+            "or dtypes differ": (rows(2, LEAST, torch.float16)[0], key, value),
             "fp16 or bf16, not torch.float32": fp32,
             "it was tried with head sizes of 64, 96 and 128, this is 80": rows(2, LEAST, width=80),
             f"fewer than {LEAST} tokens": rows(1, LEAST - 1),
@@ -131,6 +142,17 @@ def test_transformers_attention(installed, monkeypatch):
         assert traced(attend, large) == [0]
 
 
+@pytest.mark.skipif(are_measured(), reason="for machines without a Hopper card")
+@pytest.mark.parametrize("said", [None, "1"])
+def test_other_cards_are_left_as_they_are(said, monkeypatch):
+    """Asked for or not: it is not taken there, and its guards would be for nothing."""
+    monkeypatch.delenv("UNSLOTH_EXT_ROW_ATTENTION", raising=False)
+    if said:
+        monkeypatch.setenv("UNSLOTH_EXT_ROW_ATTENTION", said)
+    with pytest.raises(NotHere, match="Hopper alone"):
+        attention_patch._rows(SimpleNamespace(), None)
+
+
 SCRIPT = """
 import compile_fake_card as card
 import json, torch, types, unsloth_ext
@@ -138,6 +160,7 @@ from unsloth.utils import attention_dispatch as dispatch
 from unsloth_ext.compiling import attention_flash4, attention_rows
 
 attention_flash4.lacking, attention_rows.find_spec = lambda *which: "", lambda name: True
+attention_flash4.another_card = lambda index: ""
 found = {"state": {s.id: [s.state, s.reason] for s in unsloth_ext.status()}["compiling.row_attention"]}
 graphs = []
 

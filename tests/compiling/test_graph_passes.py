@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from unsloth_ext.compiling import graph_passes, norms_fusion, products_fusion, small_kernels
 from unsloth_ext.compiling.norms_operators import rms_norm
-from unsloth_ext.nf4.products import sum_of_products
+from unsloth_ext.nf4.products import product_with_low, sum_of_products
 
 T, N, K = 6, 16, 32
 
@@ -25,10 +25,13 @@ def given():
     return rows(T, K), rows(T, 4), rows(N, K), rows(N, 4), rows(2, 3, N)
 
 
-def added(use):
+def added(use, with_low):
     """(how many additions went into the product, how many are left, how far the results are off those in fp32)."""
 
     def function(x, a, w, u, r, f):
+        if with_low:
+            y, low = product_with_low([x], [w[:8]], [w], u)
+            return *use(y, r, f), low
         return use(sum_of_products([x, a], [w, u]), r, f)
 
     tensors = *given(), rows(2 * T, N // 2)
@@ -60,8 +63,9 @@ def added(use):
         (lambda y, r, f: (y + r.view(T, N),), 0),  # this too, though it is but a view
     ],
 )
-def test_an_addition_goes_into_the_product(use, taken):
-    count, left, off = added(use)
+@pytest.mark.parametrize("with_low", [False, True])
+def test_an_addition_goes_into_the_product(use, taken, with_low):
+    count, left, off = added(use, with_low)
     assert (count, left) == (taken, 1 - taken) and off < 2**-6
 
 
@@ -69,8 +73,15 @@ def test_a_sum_of_as_many_products_as_the_kernel_takes_is_left():
     def function(x, a, w, u, r):
         return sum_of_products([x, a, x, a], [w, u, w, u]).view(2, 3, N) + r
 
-    graph = make_fx(function, tracing_mode="fake")(*given()).graph
-    assert products_fusion.fuse(graph) == 0
+    def with_low(x, a, w, u, r):  # which is one more
+        return product_with_low([x, a, x], [w[:8], u[:8], w[:8]], [w, u, w], u)[0].view(2, 3, N) + r
+
+    def without(x, a, w, u, r):
+        return product_with_low([x, a], [w[:8], u[:8]], [w, u], u)[1] + x[:, :8]  # not the product, the narrow one
+
+    for one in (function, with_low, without):
+        graph = make_fx(one, tracing_mode="fake")(*given()).graph
+        assert products_fusion.fuse(graph) == 0
 
 
 def test_the_norm_goes_first():

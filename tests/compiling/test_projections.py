@@ -20,7 +20,7 @@ if find_spec("bitsandbytes") is None:
 
 from projection_weights import exact, lora, mean_off, off, results, swiglu_backward, swiglu_forward
 
-from unsloth_ext.compiling import projections
+from unsloth_ext.compiling import products_fusion, projections
 from unsloth_ext.compiling import projections_operators as operators
 from unsloth_ext.compiling.projections_patch import PATCHES, _linear, _mlp, _qkv, _side_by_side, _stand_in
 from unsloth_ext.nf4 import dense_copies, dequantize
@@ -184,6 +184,36 @@ def test_no_dequantised_weight_is_kept_for_the_backward(name):
     assert kept and (results[0] if name == "QKV" else results).requires_grad
     dense = {tuple(one[1].shape) for one in given}
     assert not [tensor.shape for tensor in kept if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in dense]
+
+
+def test_additions_beside_a_projection_are_found():
+    """A parallel block's: the residual onto what a projection gives, and the gradients of an input of two projections."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    taken = []
+
+    def look(graph, inputs):
+        taken.append(products_fusion.fuse(graph.graph))
+        graph.graph.lint()
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    first, second = (given_for("Linear", (8,), torch.bfloat16) for _ in range(2))
+    x = torch.randn(2, 19, H).to(torch.bfloat16).requires_grad_()
+
+    def run(x):
+        y = x * 1.5
+        return function("Linear", first)(y) + x, function("Linear", second)(y)
+
+    wanted = run(x)
+    gradient = torch.autograd.grad(wanted, x, [torch.ones_like(one) for one in wanted])
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=aot_autograd(fw_compiler=look, bw_compiler=look), fullgraph=True)
+    found = compiled(x)
+    again = torch.autograd.grad(found, x, [torch.ones_like(one) for one in found])
+    assert taken == [1, 1]
+    assert off([*found, *again], [one.double() for one in (*wanted, *gradient)]) < 2 * EPSILON[torch.bfloat16]
 
 
 @pytest.mark.extended

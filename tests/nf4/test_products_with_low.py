@@ -38,7 +38,11 @@ def test_values(dtype, transposed, widths, rank, used):
     assert off(low, exact(xs, downs, transposed)) < near
     assert off(y, exact([*xs, low[:, :used]], [*weights, up], transposed)) < near
     assert torch.equal(low_of(xs, downs, 40, transposed), low)
+    onto = torch.randn(7, 40).to(dtype)
+    more, same = product_with_low(xs, downs, weights, up, transposed, onto)
+    assert torch.equal(same, low) and torch.equal(more, y + onto)
     torch.library.opcheck(torch.ops.unsloth_ext.product_with_low.default, (xs, downs, weights, up, transposed))
+    torch.library.opcheck(torch.ops.unsloth_ext.product_with_low.default, (xs, downs, weights, up, transposed, onto))
     torch.library.opcheck(torch.ops.unsloth_ext.low_of.default, (xs, downs, transposed, 40))
 
 
@@ -109,7 +113,7 @@ def test_the_argument_is_laid_out_as_the_kernel_has_it():
     text = matmul_nvrtc.source("sum_of_products")
     for line in ("Map d[SEGMENTS];", "int of_low, pitch, rank;", "uint16_t* low;", "int* counters;"):
         assert line in text
-    assert "return 3 * idle >= rows ? idle : every;" in text  # as `_is_beside` has it
+    assert "return 3 * idle >= pairs ? idle : every;" in text  # as `_is_beside` has it
 
 
 @pytest.mark.parametrize("macros", [{"WT": 1}, {"WT": 0, "FP16": 1}])

@@ -1,5 +1,6 @@
 """The kernel for a product and a narrow one of the same inputs on a card: values, edges, programs that wait for each other, streams, graphs."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -74,6 +75,17 @@ def test_values(dtype, transposed, shape):
     assert torch.equal(low_of(xs, downs, sizes[1], transposed), found[1])
 
 
+@pytest.mark.parametrize("widths", [(264,), (200, 136), (64, 32, 32)])
+def test_onto_something(widths):
+    """Inside the kernel where there is room for one more; low's bits are the same."""
+    xs, downs, weights, up, _ = inputs = given(8191, 4096, widths, 16, 16, True)
+    onto = 32 * matrix(8191, 4096, torch.bfloat16)
+    found, low = product_with_low(*inputs, onto)
+    assert torch.equal(low, product_with_low(*inputs)[1])
+    exact = onto.double() + sum(x.double() @ w.double().t() for x, w in zip([*xs, low], [*weights, up], strict=True))
+    assert ((found.double() - exact).norm() / exact.norm()).item() < 2**-7
+
+
 def test_nothing_is_written_beside_low():
     xs, downs, weights, up, _ = inputs = given(8190, 4096, (128,), 24, 16, True)
     whole = torch.full((8200, 40), float("nan"), device="cuda", dtype=torch.bfloat16)
@@ -130,6 +142,45 @@ def test_graphs_beside_their_stream():
     torch.cuda.synchronize()
     for one in (*found, now):
         assert all(map(torch.equal, one, wanted))
+
+
+HOLD = """
+extern "C" __global__ void hold(volatile int* released, volatile int* running, volatile int* gave_up) {
+  running[blockIdx.x] = 1;
+  for (long long start = clock64(); !*released;)
+    if (clock64() - start > 20000000000LL) { *gave_up = 1; break; }  // ten seconds: a test must end
+}
+"""
+
+
+@pytest.mark.parametrize("held", [60, 100, 112])
+def test_beside_a_kernel_that_holds_processors_until_later(held):
+    """As NCCL's does until another card has sent something, which may wait for this very product."""
+    inputs = given(8192, 4096, (512,), 16, 16, True)
+    wanted = product_with_low(*inputs)
+    hold = torch.cuda._compile_kernel(HOLD, "hold")
+    hold.set_shared_memory_config(200 << 10)  # no room for another program beside it
+    released, running, gave_up = (torch.zeros(n, dtype=torch.int32).pin_memory() for n in (1, held, 1))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        hold((held, 1, 1), (32, 1, 1), [released, running, gave_up], 200 << 10)
+    try:
+        until(lambda: int(running.sum()) == held)
+        found, done = product_with_low(*inputs), torch.cuda.Event()
+        done.record()
+        until(done.query)
+        assert int(running.sum()) == held and not int(gave_up)
+    finally:
+        released.fill_(1)
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, found, wanted))
+
+
+def until(what, seconds=4):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.001)
 
 
 def test_beside_something_that_holds_programs_back():

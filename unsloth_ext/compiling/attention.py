@@ -127,9 +127,11 @@ def refusal(
     softcap: float | None = None,
     kv_heads: int | None = None,
     window: int | None = None,
+    *,
+    ever: bool = False,
 ) -> str:
     """Why `backend` cannot take this query, [T, H, D]; "" where it can. "flash4" also takes rows, [B, T, H, D]. kv_heads: of key and value; a
-    quarter of the query's where None."""
+    quarter of the query's where None. ever: of "flash4", what no installation could mend, without a trial."""
     width, half = query.shape[-1], query.dtype in (torch.float16, torch.bfloat16)
     if backend == "exact":
         return ""
@@ -158,6 +160,10 @@ def refusal(
             return "the query has 2**31 elements or more"  # cuDNN's offsets are int32
         if torch.are_deterministic_algorithms_enabled():
             return "its backward is not deterministic"  # cuDNN has one, with memory for every pair of tokens
+        if backend == "cudnn":
+            return _lacking(backend, query.device.index)
+        if ever:
+            return _another_card(query.device.index)
         group = 4 if kv_heads is None else query.shape[-2] // kv_heads
         kind = query.dim() == 3, query.dtype, index(width), index(group), window is not None
         return _lacking(backend, query.device.index, *kind)
@@ -177,6 +183,13 @@ def _another_flash() -> bool:
     """Whether the user has put another FlashAttention under aten's."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return current is not None and current() not in (None, "FA2")
+
+
+@torch.compiler.assume_constant_result
+def _another_card(index: int | None) -> str:
+    from . import attention_flash4
+
+    return attention_flash4.another_card(index)
 
 
 @torch.compiler.assume_constant_result

@@ -41,10 +41,8 @@ def lacking(
     """Why flash-attn-4 cannot be had on card `index` for packed documents, or for rows, of heads of this kind, `group` of which share a key, and
     a window; "" where it can. It is asked by a forward and a backward, once a process for each kind, which compiles what the call will
     need; where it is installed and does not do that, or wrongly, the log says so."""
-    if torch.cuda.device_count() == 0 or torch.version.hip is not None:
-        return "there is no NVIDIA card"
-    if torch.cuda.get_device_capability(index)[0] != 9:
-        return "it was measured on Hopper only"
+    if why := another_card(index):
+        return why
     try:
         _kernels()
     except Exception as error:  # a package of its many is missing, or another one has its name
@@ -55,6 +53,13 @@ def lacking(
     return _tried(index, packed, dtype, width, group, False) or (
         _tried(index, packed, dtype, width, group, True) if windowed else ""
     )
+
+
+def another_card(index: int | None) -> str:
+    """Why card `index` is not one that it is taken on; "" where it is."""
+    if torch.cuda.device_count() == 0 or torch.version.hip is not None:
+        return "there is no NVIDIA card"
+    return "" if torch.cuda.get_device_capability(index)[0] == 9 else "it was measured on Hopper only"
 
 
 @functools.cache

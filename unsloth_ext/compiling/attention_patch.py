@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import functools
 
-from ..patching import Patch, SetAttribute, Target
-from .measured_cards import refuse_where_not_measured
+from ..patching import NotHere, Patch, SetAttribute, Target
+from .measured_cards import are_measured
 
 _SWITCH = "UNSLOTH_EXT_ROW_ATTENTION"
 _DISPATCH = "unsloth.utils.attention_dispatch"
@@ -96,7 +96,8 @@ def _rows(module, target):
     from .as_traced import as_traced
     from .attention_rows import refusal, row_attention
 
-    refuse_where_not_measured(_SWITCH)
+    if not are_measured():
+        raise NotHere("flash-attn-4 is taken on Hopper alone")
     original, sdpa, xformers = module._run_attention, module.SDPA, module.XFORMERS
 
     def takes(config, context):

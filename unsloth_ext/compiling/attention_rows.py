@@ -31,7 +31,9 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window:
     if "flash4" not in attention.PREFERRED or attention._another_flash():
         return "other kernels are asked for"
     if not _may_be_there():
-        return "flash-attn-4 is not installed"  # asked first: what comes next is a guard, and then seconds of compiling
+        return "flash-attn-4 is not installed"
+    if why := attention.refusal("flash4", query, ever=True):
+        return why  # asked first: what comes next is a guard, and then seconds of compiling
     if query.shape[0] * query.shape[1] < LEAST:
         return f"fewer than {LEAST} tokens"
     if query.shape[1] != key.shape[1] or value.shape != key.shape or query.shape[3] != key.shape[3]:

@@ -5,7 +5,7 @@
 
 From then on a padding-free batch (TRL's `padding_free=True` or `packing=True`, `DataCollatorWithFlattening`) runs
 `packed_attention` in every layer, eager or compiled, and no [T, T] mask is made. Padded batches, evaluation and generation
-run as they did, by SDPA, but where `attention_rows.py` is asked for. A model with a softcap (Gemma 2), which SDPA would ignore, gets it in both.
+run as they did, by SDPA, in compiled layers on Hopper also by flash-attn-4 (`attention_rows.py`). A model with a softcap (Gemma 2), which SDPA would ignore, gets it in both.
 """
 
 from __future__ import annotations

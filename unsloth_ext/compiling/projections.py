@@ -7,8 +7,8 @@ projection after the other:
   (`sum_of_products`): x W^T + (x A^T)(s B)^T in the forward, dY_1 W_1 + dY_2 W_2 + [p_1 | p_2] [A_1; A_2] with p = s dY B in the
   backward. The result is written once and not read again, and nothing is copied to where a wider product would read it. The bits are
   therefore not those of a sum after the product; `gate_or_up` computes two of them again.
-* The x A^T of one input, and p, are made by the first product that reads that input (`product_with_low`), not by one of their own; the
-  gradients of its A are one product, X^T [p_1 | p_2], which reads the wide operand once.
+* The x A^T of one input, and p, are made by the first product that reads that input (`product_with_low`), not by one of their own, where
+  they have at most 64 columns; the gradients of its A are one product, X^T [p_1 | p_2], which reads the wide operand once.
 * In the MLP the x A^T of down's input is made by what makes that input (`swiglu_lora`), and the gradients of gate's and up's B and of
   down's A are sums over the rows of what SwiGLU's backward has in its registers (`swiglu_lora_backward`): no passes of their own.
 * x A^T is kept from the forward, rank columns instead of the input's width that would have to be read once more.
@@ -184,7 +184,8 @@ def _project(x, low, packed, state, b, scaling):
 
 
 def _input_gradient(dys, b_s, scalings, weights, a_s):
-    """(dY_1 W_1 + dY_2 W_2 + ... + p [A_1; A_2; ...], p), where p = [s dY_1 B_1 | s dY_2 B_2 | ...] and zero columns to a multiple of 8."""
+    """(dY_1 W_1 + dY_2 W_2 + ... + p [A_1; A_2; ...], p), where p = [s dY_1 B_1 | s dY_2 B_2 | ...] and zero columns to a multiple of 8: a block
+    diagonal product, so an infinity in one dY makes NaNs in the columns of the others."""
     dtype = dys[0].dtype
     up = _stacked(a_s, dtype)  # before the weights: Dynamo fails on a size that a quant_state alone gives it
     dense = [dequantization.traced(packed, state, dtype=dtype, again=True) for packed, state in weights]

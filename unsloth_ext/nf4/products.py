@@ -20,7 +20,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "product_with_low(Tensor[] xs, Tensor[] downs, Tensor[] weights, Tensor up, bool transposed) -> (Tensor, Tensor)",
+    "product_with_low(Tensor[] xs, Tensor[] downs, Tensor[] weights, Tensor up, bool transposed, Tensor? onto=None) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -53,23 +53,24 @@ def product_with_low(
     weights: Sequence[torch.Tensor],
     up: torch.Tensor,
     transposed: bool = True,
+    onto: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, low): low the sum over i of x_i D_i^T, and y the sum of x_i W_i^T and of low's first columns times U^T; D_i, W_i and U as they
     are where not `transposed`. What LoRA's forward is, with D for A and U for s B, and its input's gradient, with D for s B and U for A.
 
-    xs, weights: as for `sum_of_products`. downs: [R, K_i], where not `transposed` [K_i, R]. up: [N, r], where not `transposed` [r, N], r at
-    most R. low: [T, R], rounded to the dtype of xs before it goes on. Not differentiable. On Hopper x is read once for both where low finds
-    room beside y. Raises ValueError for shapes, dtypes or devices that do not fit.
+    xs, weights, onto: as for `sum_of_products`. downs: [R, K_i], where not `transposed` [K_i, R]. up: [N, r], where not `transposed` [r, N],
+    r at most R. low: [T, R], rounded to the dtype of xs before it goes on. Not differentiable. On Hopper x is read once for both where R is
+    a multiple of 8 up to 64 and low finds room beside y. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if not xs or not len(xs) == len(weights) == len(downs):
         raise ValueError(f"as many weights as inputs are needed, got {len(xs)}, {len(downs)} and {len(weights)}")
-    return torch.ops.unsloth_ext.product_with_low(list(xs), list(downs), list(weights), up, transposed)
+    return torch.ops.unsloth_ext.product_with_low(list(xs), list(downs), list(weights), up, transposed, onto)
 
 
 def low_of(
     xs: Sequence[torch.Tensor], downs: Sequence[torch.Tensor], columns: int, transposed: bool = True
 ) -> torch.Tensor:
-    """The low of `product_with_low`, bit for bit, whose y has `columns` columns."""
+    """The low of `product_with_low`, bit for bit, whose y has `columns` columns and whose weights are contiguous."""
     return torch.ops.unsloth_ext.low_of(list(xs), list(downs), transposed, columns)
 
 
@@ -129,9 +130,9 @@ def _added_on_card(xs, weights, transposed, onto, columns):
     return y
 
 
-def _check_low(xs, downs, weights, up, transposed) -> int:
+def _check_low(xs, downs, weights, up, transposed, onto) -> int:
     """N."""
-    rank, columns = _check(xs, downs, transposed, None), _check(xs, weights, transposed, None)
+    rank, columns = _check(xs, downs, transposed, None), _check(xs, weights, transposed, onto)
     wanted = (columns, "up to", rank) if transposed else ("up to", rank, columns)
     if up.dim() != 2 or up.shape[0 if transposed else 1] != columns or up.shape[1 if transposed else 0] > rank:
         raise ValueError(f"up must be {' '.join(map(str, wanted))}, got {list(up.shape)}")
@@ -141,24 +142,25 @@ def _check_low(xs, downs, weights, up, transposed) -> int:
 
 
 @torch.no_grad()
-def _one_after_the_other(xs, downs, weights, up, transposed, checked: int | None = None):
-    columns = checked or _check_low(xs, downs, weights, up, transposed)
+def _one_after_the_other(xs, downs, weights, up, transposed, onto=None, checked: int | None = None):
+    columns = checked or _check_low(xs, downs, weights, up, transposed, onto)
     low = _added(xs, downs, transposed)
-    summands = [*xs, low[:, : up.shape[1 if transposed else 0]]], [*weights, up], transposed, None
+    summands = [*xs, low[:, : up.shape[1 if transposed else 0]]], [*weights, up], transposed, onto
     return _added_on_card(*summands, columns) if low.is_cuda else _added(*summands), low
 
 
 @torch.no_grad()
-def _together(xs, downs, weights, up, transposed):
+def _together(xs, downs, weights, up, transposed, onto=None):
     from . import products_hopper
 
-    columns = _check_low(xs, downs, weights, up, transposed)
+    columns = _check_low(xs, downs, weights, up, transposed, onto)
     kernel = products_hopper.kernel_with_low(xs, downs, weights, up, transposed, columns)
     if kernel is None:
-        return _one_after_the_other(xs, downs, weights, up, transposed, columns)
+        return _one_after_the_other(xs, downs, weights, up, transposed, onto, columns)
     y, low = (xs[0].new_empty(xs[0].shape[0], n) for n in (columns, downs[0].shape[0 if transposed else 1]))
-    kernel(xs, downs, low, weights, up, y)
-    return y, low
+    inside = onto is None or products_hopper.is_room_for(onto, xs)  # if not, low's bits must be the same
+    kernel(xs, downs, low, weights, up, y, onto if inside else None)
+    return y if inside else y.add_(onto), low
 
 
 @torch.no_grad()
@@ -193,7 +195,10 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "unsloth_ext::product_with_low",
-    lambda xs, downs, weights, up, transposed: (_like(xs, weights, transposed), _like(xs, downs, transposed)),
+    lambda xs, downs, weights, up, transposed, onto=None: (
+        _like(xs, weights, transposed),
+        _like(xs, downs, transposed),
+    ),
     lib=_library,
 )
 torch.library.register_fake(

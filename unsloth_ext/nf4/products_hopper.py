@@ -29,12 +29,9 @@ _MAP, _ZEROS = 128, bytes(128)  # bytes of a CUtensorMap
 _PROBLEM = f"{_MAP}s" * (2 * SEGMENTS + 1) + f"{SEGMENTS}i3i36x"
 _WITH_LOW = f"{_MAP}s" * (3 * SEGMENTS + 1) + f"{SEGMENTS}i3i3iQQ8x"
 _RANKS = 64  # columns of low
-_COUNTERS = 16 * 4096  # bytes of a stream: 4 numbers for each 256 rows
-_STREAMS = 32  # that have counters of their own; later ones get new ones for each call
+_COUNTERS = 4 * 16384  # bytes
 _SHARE = 0.35  # of a tile of y, the time of a tile of low
 _LATE = 0.2  # of a tile of y, how much later a call may end for low: less than low alone takes
-_ATTRIBUTE = "<I4xI60x"  # CUlaunchAttribute: which, a value of 64 bytes
-_COOPERATIVE = 2  # all programs run at the same time, or none
 _loading = threading.Lock()
 
 
@@ -53,33 +50,34 @@ def kernel_for(xs, weights, transposed: bool, columns: int, onto: torch.Tensor |
 
 
 def kernel_with_low(xs, downs, weights, up, transposed: bool, columns: int):
-    """kernel(xs, downs, low, weights, up, y) that writes low = the sum of x_i D_i too, and y on top of low U; None where that is not to be had.
+    """kernel(xs, downs, low, weights, up, y, onto) that writes low = the sum of x_i D_i too, and y on top of low U; None where that is not to be had.
     weights and up: None for kernel(xs, downs, low), which writes low alone, the same bits of it as beside `columns` columns of y."""
     x, rank = xs[0], downs[0].shape[0 if transposed else 1]
     if not 0 < len(xs) < SEGMENTS or x.dtype not in _DTYPES or not _is_hopper(x.device.index):
         return None
     if not x.shape[0] or not columns or any(not one.shape[1] for one in xs) or rank % 8 or not 0 < rank <= _RANKS:
         return None
-    if (
-        not _fills(x.shape[0], columns, x.device.index)
-        or columns % 8
-        or not _is_beside(x.shape[0], columns, x.device.index)
-    ):
+    size = x.shape[0], columns, x.device.index
+    if columns % 8 or not _fills(*size) or not _is_beside(*size):
         return None
     if not all(map(_has_map, (*xs, *(weights or ())))) or not (up is None or up.shape[1 if transposed else 0]):
         return None
     return _kernel(x.device.index, x.dtype, transposed, True)
 
 
+def is_room_for(onto: torch.Tensor, xs) -> bool:
+    """Whether the kernel of `kernel_with_low` takes that along too."""
+    return len(xs) + 2 <= SEGMENTS and _has_map(onto)
+
+
 @functools.lru_cache(maxsize=4096)
 def _is_beside(rows: int, columns: int, index: int) -> bool:
-    """Whether tiles of low fit beside those of y: in the time of the pairs of programs that have a tile of y less (`programs_for_low` in the
-    kernel)."""
+    """Whether tiles of low fit beside those of y: in the time of the clusters that have a tile of y less (`clusters_for_low` in the kernel)."""
     pairs, every = -(-rows // (2 * _BM)), _clusters(index)
     tiles = pairs * -(-columns // _BN)
     idle = every - tiles % every if tiles % every else every
     takers = idle if 3 * idle >= pairs else every
-    if 16 * pairs > _COUNTERS:
+    if 4 * _counters(rows) > _COUNTERS:
         return False
     loads = (tiles // every + (c >= idle) + _SHARE * -(-(pairs - c) // takers) for c in range(min(takers, pairs)))
     return max(loads) <= -(-tiles // every) + _LATE
@@ -158,11 +156,10 @@ class _Kernel:
     def _block(self):
         """(memory, address of the launch's configuration, of the pointer to the argument, where in the memory the argument is)"""
         first, size = struct.calcsize(CONFIG), struct.calcsize(self.problem)
-        block = ctypes.create_string_buffer(first + 8 + struct.calcsize(_ATTRIBUTE) + 64 + size)
+        block = ctypes.create_string_buffer(first + 8 + 64 + size)
         start = ctypes.addressof(block)
-        at = -(-(start + first + 8 + struct.calcsize(_ATTRIBUTE)) // 64) * 64 - start
+        at = -(-(start + first + 8) // 64) * 64 - start
         struct.pack_into("<Q", block, first, start + at)
-        struct.pack_into(_ATTRIBUTE, block, first + 8, _COOPERATIVE, 1)
         return block, start, start + first, at
 
     def __call__(self, xs, weights, y, onto=None, programs: int | None = None) -> None:
@@ -188,7 +185,7 @@ class _Kernel:
     def _widths(self, weights):
         return [w.shape[1 if self.transposed else 0] for w in weights]
 
-    def _run(self, programs, *argument, attributes: int = 0) -> None:
+    def _run(self, programs, *argument) -> None:
         try:
             taken = self.free.pop()
         except IndexError:
@@ -197,16 +194,16 @@ class _Kernel:
         struct.pack_into(self.problem, block, at, *argument)
         numbers = programs or self.programs, 1, 1, _THREADS, 1, 1, _SHARED
         if torch.cuda.current_device() == self.index:
-            code = self._launch(block, config, pointers, numbers, attributes)
+            code = self._launch(block, config, pointers, numbers)
         else:
             with torch.cuda.device(self.index):
-                code = self._launch(block, config, pointers, numbers, attributes)
+                code = self._launch(block, config, pointers, numbers)
         self.free.append(taken)
         must(code)
 
-    def _launch(self, block, config, pointers, numbers, attributes) -> int:
+    def _launch(self, block, config, pointers, numbers) -> int:
         stream, launch = torch._C._cuda_getCurrentRawStream(self.index), driver().cuLaunchKernelEx
-        struct.pack_into(CONFIG, block, 0, *numbers, stream, pointers + 8 if attributes else 0, attributes)
+        struct.pack_into(CONFIG, block, 0, *numbers, stream, 0, 0)
         code = launch(config, self.function, pointers, None)
         if code == INVALID_CONTEXT:  # a thread that has done nothing on the card yet
             must(driver().cuCtxSetCurrent(self.context))
@@ -216,99 +213,89 @@ class _Kernel:
     def check(self) -> None:
         """Raises RuntimeError if it does not multiply as torch does. Two programs take all tiles, those at the edges among them, so
         that the ring of stages goes round and results are written while the next tile comes."""
-        device, rows, columns = torch.device("cuda", self.index), 300, 520
-        generator = torch.Generator(device).manual_seed(0)  # leaves the user's random state alone
-
-        def random(*shape):
-            return torch.randn(*shape, device=device, dtype=self.dtype, generator=generator)
-
-        xs, weights = [random(rows, 592)[:, 8:], random(rows, 12)], [random(columns, 584), random(columns, 12)]
-        if not self.transposed:
-            weights = [weight.t().contiguous() for weight in weights]
-        y, onto = torch.full((rows, columns), float("nan"), device=device, dtype=self.dtype), 32 * random(rows, columns)
+        random, weight = self._samples()
+        xs, weights = [random(300, 592)[:, 8:], random(300, 12)], [weight(520, 584), weight(520, 12)]
+        y, onto = torch.full_like(random(300, 520), float("nan")), 32 * random(300, 520)
         self(xs, weights, y, onto, programs=2)
-        pairs = zip(xs, weights, strict=True)
-        exact = onto.double() + sum(x.double() @ (w.double().t() if self.transposed else w.double()) for x, w in pairs)
-        off = ((y.double() - exact).norm() / exact.norm()).item()
-        if not off < 4e-3:
-            raise RuntimeError(f"its first result was off by {off:.1e}")
+        self._must_be_near(y, xs, weights, onto)
 
-
-class _KernelWithLow(_Kernel):
-    """kernel(xs, downs, low) and kernel(xs, downs, low, weights, up, y): see `kernel_with_low`."""
-
-    problem = _WITH_LOW
-
-    def __init__(self, index: int, dtype: torch.dtype, transposed: bool):
-        super().__init__(index, dtype, transposed, LOW=1)
-        first = _memory(bytes(_STREAMS * _COUNTERS))
-        self.unused = [first + i * _COUNTERS for i in range(_STREAMS)]
-        self.counters: dict[int, int] = {}  # of each stream, whose calls come one after the other
-
-    def __call__(self, xs, downs, low, weights=(), up=None, y=None, programs: int | None = None) -> None:
-        xs, downs, weights = (list(map(_placed, some)) for some in (xs, downs, weights))
-        of_xs, widths, of_y, columns = self._of_xs(xs), self._widths(downs), _ZEROS, 0
-        counters, kept = 0, None
-        if y is not None:
-            up = _placed(up)
-            weights, (rank,) = [*weights, up], self._widths([up])
-            of_xs = [*of_xs, _map(low.data_ptr(), low.shape[0], rank, low.stride(0), _BM, self.dtype)]  # zeros beyond
-            widths, of_y, columns = [*widths, rank], self._of_y(y), y.shape[1]
-            counters, kept = self._counters(low.shape[0])
-        of_downs = [_map(d.data_ptr(), *d.shape, d.stride(0), 64, self.dtype) for d in downs]
-        maps = (some for part in (of_xs, self._of_weights(weights)) for some in _filled(part, _ZEROS))
-        numbers = low.shape[0], columns, -1, len(xs), low.stride(0), low.shape[1], low.data_ptr(), counters
-        argument = *maps, of_y, *_filled(of_downs, _ZEROS), *_filled(widths, 0), *numbers
-        self._run(programs, *argument, attributes=0 if y is None else 1)
-        del kept
-
-    def _counters(self, rows: int):
-        """(their address, what must live until the launch is queued): a stream's own, or a graph's, which may run beside the stream."""
-        with torch.cuda.device(self.index):
-            capturing, stream = torch.cuda.is_current_stream_capturing(), torch._C._cuda_getCurrentRawStream(self.index)
-        if not capturing:
-            if stream not in self.counters and self.unused:
-                self.counters.setdefault(stream, self.unused.pop())
-            if stream in self.counters:
-                return self.counters[stream], None
-        own = torch.zeros(4 * -(-rows // (2 * _BM)), dtype=torch.int32, device=torch.device("cuda", self.index))
-        return own.data_ptr(), own
-
-    def check(self) -> None:
-        """As the other kernel's, and a second time with all programs, which wait for each other, on counters that have been used."""
-        device, rows, columns, rank = torch.device("cuda", self.index), 1300, 520, 24
+    def _samples(self):
+        """(random(rows, columns), weight(N, K) as it is laid out), which leave the user's random state alone."""
+        device = torch.device("cuda", self.index)
         generator = torch.Generator(device).manual_seed(0)
 
         def random(*shape):
             return torch.randn(*shape, device=device, dtype=self.dtype, generator=generator)
 
-        xs, sizes = [random(rows, 592)[:, 8:], random(rows, 72)], (584, 72)
-        weights, downs, up = (
-            [random(columns, n) for n in sizes],
-            [random(rank, n) / 8 for n in sizes],
-            random(columns, 16),
+        return random, lambda n, k: random(n, k) if self.transposed else random(n, k).t().contiguous()
+
+    def _must_be_near(self, found, xs, weights, onto=None) -> None:
+        weights = [w.double().t() if self.transposed else w.double() for w in weights]
+        exact = sum(x.double() @ w for x, w in zip(xs, weights, strict=True)) + (0 if onto is None else onto.double())
+        off = ((found.double() - exact).norm() / exact.norm()).item()
+        if not off < 4e-3:
+            raise RuntimeError(f"its first result was off by {off:.1e}")
+
+
+class _KernelWithLow(_Kernel):
+    """kernel(xs, downs, low) and kernel(xs, downs, low, weights, up, y, onto): see `kernel_with_low`."""
+
+    problem = _WITH_LOW
+
+    def __init__(self, index: int, dtype: torch.dtype, transposed: bool):
+        super().__init__(index, dtype, transposed, LOW=1)
+        self.counters = _memory(bytes(_COUNTERS))
+
+    def __call__(self, xs, downs, low, weights=(), up=None, y=None, onto=None, programs: int | None = None) -> None:
+        xs, downs, weights = (list(map(_placed, some)) for some in (xs, downs, weights))
+        of_xs, widths, of_y, columns, of_weights, added = self._of_xs(xs), self._widths(downs), _ZEROS, 0, [], -1
+        if y is not None:
+            up = _placed(up)
+            weights, (rank,) = [*weights, up], self._widths([up])
+            of_xs = [*of_xs, _map(low.data_ptr(), low.shape[0], rank, low.stride(0), _BM, self.dtype)]  # zeros beyond
+            of_weights, widths, of_y, columns = self._of_weights(weights), [*widths, rank], self._of_y(y), y.shape[1]
+        if onto is not None:
+            onto, added = _placed(onto), len(widths)
+            of_xs, of_weights, widths = [*of_xs, *self._of_xs([onto])], [*of_weights, self.identity], [*widths, _BN]
+        counters, kept = self._counters(low.shape[0])
+        of_downs = [_map(d.data_ptr(), *d.shape, d.stride(0), 64, self.dtype) for d in downs]
+        maps = *_filled(of_xs, _ZEROS), *_filled(of_weights, _ZEROS), of_y, *_filled(of_downs, _ZEROS)
+        sizes = low.shape[0], columns, added, len(xs), low.stride(0), low.shape[1]
+        self._run(programs, *maps, *_filled(widths, 0), *sizes, low.data_ptr(), counters)
+        del kept
+
+    def _counters(self, rows: int):
+        """(the address of zeros, what must live until the launch is queued): the default stream has them for good, its calls come one after
+        the other. Another one gets new ones, and so does a graph, which may run beside the stream that it was recorded on."""
+        if not torch._C._cuda_getCurrentRawStream(self.index):
+            return self.counters, None
+        own = torch.zeros(_counters(rows), dtype=torch.int32, device=torch.device("cuda", self.index))
+        return own.data_ptr(), own
+
+    def check(self) -> None:
+        """As the other kernel's, and twice with all programs, which wait for each other, on counters that have been used."""
+        random, weight = self._samples()
+        xs, sizes, up, onto = (
+            [random(1300, 592)[:, 8:], random(1300, 72)],
+            (584, 72),
+            weight(520, 16),
+            random(1300, 520),
         )
-        if not self.transposed:
-            weights, downs, up = (
-                [w.t().contiguous() for w in weights],
-                [d.t().contiguous() for d in downs],
-                up.t().contiguous(),
-            )
+        weights, downs = [weight(520, n) for n in sizes], [weight(24, n) / 8 for n in sizes]
         for programs in (2, None, None):
-            y, low = (torch.full((rows, n), float("nan"), device=device, dtype=self.dtype) for n in (columns, rank))
+            y, low = (torch.full_like(random(1300, n), float("nan")) for n in (520, 24))
             alone = torch.full_like(low, float("nan"))
-            self(xs, downs, low, weights, up, y, programs)
+            self(xs, downs, low, weights, up, y, onto, programs)
             self(xs, downs, alone, programs=programs)
             if not torch.equal(alone, low):
                 raise RuntimeError("what it computes beside the rest differs from what it computes alone")
-            for found, pairs in (
-                (low, zip(xs, downs, strict=True)),
-                (y, zip([*xs, low[:, :16]], [*weights, up], strict=True)),
-            ):
-                exact = sum(x.double() @ (w.double().t() if self.transposed else w.double()) for x, w in pairs)
-                off = ((found.double() - exact).norm() / exact.norm()).item()
-                if not off < 4e-3:
-                    raise RuntimeError(f"its first result was off by {off:.1e}")
+            self._must_be_near(low, xs, downs)
+            self._must_be_near(y, [*xs, low[:, :16]], [*weights, up], onto)
+
+
+def _counters(rows: int) -> int:
+    """How many the kernel counts with: 4, and 4 for each cluster's rows."""
+    return 4 + 4 * -(-rows // (2 * _BM))
 
 
 def _filled(some: list, nothing) -> list:
@@ -320,9 +307,8 @@ def _memory(content: bytes) -> int:
     address = ctypes.c_uint64()
     must(driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(len(content))))
     must(driver().cuMemcpyHtoD_v2(address, content, ctypes.c_size_t(len(content))))
-    must(
-        driver().cuStreamSynchronize(None)
-    )  # the copy may return before it is there, and is on a stream that others do not wait for
+    # The copy may return before it is there, and is on a stream that others do not wait for.
+    must(driver().cuStreamSynchronize(None))
     return address.value
 
 

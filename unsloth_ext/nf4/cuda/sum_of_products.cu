@@ -7,11 +7,14 @@
 // the next tiles come. Two programs, a cluster, take tiles below each other: each copies half of W's tile for both. Without that the
 // product costs 5% more time on an H200, at whose power limit it runs: all energy spent elsewhere is missing in the tensor cores.
 //
-// LOW: also low = x_1 D_1 + x_2 D_2 + ..., of at most 64 columns, and low U is part of y. Tiles of low, 256 rows each, are what some pairs of
-// programs begin with, those that have the fewest tiles of y; the others take a tile of low up at the end of a tile of y, when it has long been
+// LOW: also low = x_1 D_1 + x_2 D_2 + ..., of at most 64 columns, and low U is part of y. Tiles of low, 256 rows each, are what some clusters
+// begin with, those that have the fewest tiles of y; the others take a tile of low up at the end of a tile of y, when it has long been
 // written. So x is read for it while others multiply, and not by a kernel of its own. A counter for each program's rows says that a tile is
-// there; the last that reads it puts the counter back to zero. Programs that wait for others must all be running: such a launch is
-// cooperative. `programs_for_low` is known to the host too (products_hopper.py).
+// there; the last that reads it puts the counter back to zero. `clusters_for_low` is known to the host too (products_hopper.py).
+//
+// Another kernel may hold processors for as long as it likes, NCCL's until another card has sent something. So nobody waits for what has not
+// begun: clusters are numbered as they begin, the first make low, each takes one tile of it after the other as long as there are some, and
+// only then a tile of y, for which it may wait. However few are running, they make all of low and then y.
 #include "common.cuh"
 #ifndef WT  // W_i is [N, K_i], D_i [R, K_i]; else [K_i, N], [K_i, R]
 #define WT 1
@@ -36,7 +39,7 @@ struct Problem {
 #if LOW
   int of_low, pitch, rank;  // the segment whose x is low, behind all that have a D; low's rows are `pitch` apart, its columns a multiple of 8
   uint16_t* low;
-  int* counters;  // 4 for each pair of row tiles, zeros
+  int* counters;  // zeros: clusters that have begun, tiles of low that have been taken, two unused, and 4 for each pair of row tiles
 #endif
 };
 SHARED_MEMORY
@@ -104,10 +107,23 @@ DEV void wgmma(float (&d)[32], uint64_t a, uint64_t b, int keep) {
                "%32, %33, p, 1, 1, 0, " TRANSPOSED "; }"
                : D32(0) : "l"(a), "l"(b), "r"(keep));
 }
-// From how many pairs of programs the first take tiles of low: as many as have a tile of y less, unless those are too few.
-DEV int programs_for_low(int tiles, int rows, int every) {
+// How many clusters make low: as many as have a tile of y less, unless those are too few.
+DEV int clusters_for_low(int tiles, int pairs, int every) {
   const int idle = tiles % every ? every - tiles % every : every;
-  return 3 * idle >= rows ? idle : every;
+  return 3 * idle >= pairs ? idle : every;
+}
+// The next number; the last leaves zero.
+DEV int take(int* counter, int all) {
+  int v;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(v) : "l"(counter) : "memory");
+  if (v == all - 1) asm volatile("st.relaxed.gpu.global.s32 [%0], 0;" ::"l"(counter) : "memory");
+  return v;
+}
+// What the cluster's first program has at this address, after a cluster_sync.
+DEV int said(uint32_t at) {
+  int v;
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %1, 0;\nld.shared::cluster.s32 %0, [a]; }" : "=r"(v) : "r"(at) : "memory");
+  return v;
 }
 DEV void count(int* counter) {
   asm volatile("fence.proxy.async;\nfence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
@@ -121,7 +137,7 @@ DEV int counted(const int* counter) {
 DEV void wait_for_low(int* counters, int readers) {
   for (int i = 0; counted(counters) < 2; i++) {
     asm volatile("nanosleep.u32 100;");
-    if (i == 1 << 27) asm volatile("trap;");  // 13 seconds and more: an error, and not a process that hangs
+    if (i == 1 << 27) asm volatile("trap;");  // some 13 seconds: an error, and not a process that hangs
   }
   int before;
   asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counters + 1) : "memory");
@@ -134,17 +150,38 @@ DEV void wait_for_low(int* counters, int readers) {
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) sum_of_products(const __grid_constant__ Problem problem) {
   const uint32_t base = (shared_at(shared_memory) + 1023) & ~1023u, full = base, empty = base + 128;
+  [[maybe_unused]] const uint32_t told = base + 256;  // a cluster's number, and in turns at two places the tile of low that it makes
   const uint32_t XS = base + 1024, WS = XS + STAGES * XSTAGE, OUT = WS + STAGES * WSTAGE;
   const int thread = threadIdx.x, group = thread >> 7, rank = cluster_rank();
+  const int pairs = (problem.M + 2 * BM - 1) / (2 * BM), across = (problem.N + BN - 1) / BN, tiles = pairs * across, every = gridDim.x / 2;
+#if LOW
+  const int for_low = clusters_for_low(tiles, pairs, every);
+  const auto take_low = [&] { return take(problem.counters + 1, pairs + for_low); };  // each that makes low asks once in vain
+#endif
   if (thread == 0) {
     for (int i = 0; i < STAGES; i++) bar_init(full + 8 * i, 1), bar_init(empty + 8 * i, 4);  // two warpgroups of two programs
     bars_are_made();
+#if LOW
+    if (rank == 0) {
+      const int number = take(problem.counters, every);
+      sts(told, number), sts(told + 4, number < for_low ? take_low() : pairs);
+    }
+#endif
   }
   cluster_sync();
-  const int pairs = (problem.M + 2 * BM - 1) / (2 * BM), across = (problem.N + BN - 1) / BN, tiles = pairs * across;
-  const int every = gridDim.x / 2, mine_of_all = blockIdx.x / 2, first = LOW ? every - 1 - mine_of_all : mine_of_all;
 #if LOW
-  const int for_low = programs_for_low(tiles, pairs, every), first_low = mine_of_all < for_low ? mine_of_all : pairs;
+  const int first = every - 1 - said(told);
+  int pair = said(told + 4);
+  uint32_t at = told + 4;
+  const auto next_low = [&] {
+    at ^= 12;  // told + 4 and told + 8, in turns: the tile before is still read
+    if (thread == 0 && rank == 0) sts(at, take_low());
+    __syncwarp();
+    cluster_sync();
+    pair = said(at);
+  };
+#else
+  const int first = blockIdx.x / 2;
 #endif
   const auto place = [&](int tile, int& m, int& n) {
     const int of_group = GROUP * across, at = tile / of_group * GROUP, in = tile % of_group, size = min(pairs - at, GROUP);
@@ -155,23 +192,23 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
   const auto advance = [&] { if (++stage == STAGES) stage = 0, phase ^= 1; };
   if (group == 0) {  // ---- copies
     fewer_registers<LOW ? 40 : 24>();
-    if (thread == 0) {
 #if LOW
-      for (int pair = first_low; pair < pairs; pair += for_low) {
+    for (; pair < pairs; next_low()) {
 #pragma unroll 1
-        for (int segment = 0; segment < problem.of_low; segment++) {
+      for (int segment = 0; thread == 0 && segment < problem.of_low; segment++) {
 #pragma unroll 1
-          for (int k = 0; k < problem.columns[segment]; k += BK) {
-            bar_wait(empty + 8 * stage, phase ^ 1);
-            const uint32_t bar = full + 8 * stage;
-            bar_expect(bar, XSTAGE + DSTAGE);
-            load(XS + stage * XSTAGE, problem.x[segment], k, (2 * pair + rank) * BM, bar);
-            load(WS + stage * WSTAGE, problem.d[segment], WT ? k : 0, WT ? 0 : k, bar);
-            advance();
-          }
+        for (int k = 0; k < problem.columns[segment]; k += BK) {
+          bar_wait(empty + 8 * stage, phase ^ 1);
+          const uint32_t bar = full + 8 * stage;
+          bar_expect(bar, XSTAGE + DSTAGE);
+          load(XS + stage * XSTAGE, problem.x[segment], k, (2 * pair + rank) * BM, bar);
+          load(WS + stage * WSTAGE, problem.d[segment], WT ? k : 0, WT ? 0 : k, bar);
+          advance();
         }
       }
+    }
 #endif
+    if (thread == 0) {
       for (int tile = first; tile < tiles; tile += every) {
         int m, n;
         place(tile, m, n);
@@ -180,7 +217,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
           const Map &x = problem.x[segment], &w = problem.w[segment];
           const int columns = problem.columns[segment], first_k = segment == problem.added ? n : 0, of_w = n - first_k;
 #if LOW
-          if (segment == problem.of_low) wait_for_low(problem.counters + m / BM * 2, across);
+          if (segment == problem.of_low) wait_for_low(problem.counters + 4 + m / BM * 2, across);
 #endif
 #pragma unroll 1
           for (int k = 0; k < columns; k += BK) {
@@ -244,7 +281,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
       for (float& v : d) asm volatile("" : "+f"(v)::"memory");
     };
 #if LOW
-    for (int pair = first_low; pair < pairs; pair += for_low) {
+    for (; pair < pairs; next_low()) {
       float d[32];
       multiply(d, problem.of_low);
       const int m = (2 * pair + rank) * BM, row = m + 64 * mine + 16 * warp + (lane >> 2);
@@ -258,7 +295,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) s
         }
       }
       sync_warpgroup(mine);
-      if (t == 0 && tiles) count(problem.counters + m / BM * 2);
+      if (t == 0 && tiles) count(problem.counters + 4 + m / BM * 2);
     }
 #endif
     float d[128];
