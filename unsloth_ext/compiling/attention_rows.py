@@ -10,16 +10,16 @@ UNSLOTH_EXT_ROW_ATTENTION=0 turns it off.
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import torch
 
+from ..switches import OFF, said
 from . import attention
 from .as_traced import as_traced
 
 # In plain transformers; in Unsloth the patch of that switch is in or not.
-ON = os.environ.get("UNSLOTH_EXT_ROW_ATTENTION", "").strip().lower() not in ("0", "no", "off", "false")
+ON = said("UNSLOTH_EXT_ROW_ATTENTION") not in OFF
 LEAST = 4096  # tokens of a batch: fewer take the card less time than the host
 
 

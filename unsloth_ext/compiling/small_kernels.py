@@ -14,12 +14,12 @@ On by itself on Hopper; UNSLOTH_EXT_SMALL_KERNELS=1 has it on other cards, =0 no
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
 
 from torch._inductor import config, custom_graph_pass, scheduler
 from torch._inductor.virtualized import V
 
+from ..switches import OFF, said
 from .measured_cards import are_measured
 
 __all__ = ["ENTRY", "options", "together"]
@@ -126,8 +126,8 @@ together = _Together()
 
 def options() -> dict[str, Any]:
     """Inductor's options for it; {} where it is switched off, the entry is somebody else's, or this torch has no such entry."""
-    said = os.environ.get(_SWITCH, "").strip().lower()
-    if said in ("0", "no", "off", "false") or not (said or are_measured()):
+    word = said(_SWITCH)
+    if word in OFF or not (word or are_measured()):
         return {}
     # Both entries are private ones.
     if not hasattr(config, _OPTION) or getattr(config, ENTRY, together) is not None:

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 
 from ..errors import UnslothExtError, UsageError
+from ..switches import OFF
 
 __all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "say_not_in", "settings", "unsloth_shards",
            "world_size"]  # fmt: skip
@@ -24,7 +25,7 @@ __all__ = ["PATCHES", "Settings", "disable", "enable", "requested", "say", "say_
 VARIABLE = "UNSLOTH_EXT_FSDP2"
 PATCHES = ("fsdp2.trainer", "fsdp2.loading")
 _WITH_UNSLOTH = ("fsdp2.rotary_tables",)  # which a run does without, too
-_YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_YES, _NO = ("1", "true", "yes", "on"), ("", *OFF)
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from typing import NamedTuple
 
 import torch
 
+from ..switches import OFF, said
 from . import matmul_hopper, matmul_nvrtc
 from .matmul_hopper import FewRows, Tiles
 from .table import capability
@@ -83,7 +83,7 @@ MOST_ROWS = 256  # of x that any variant takes
 
 
 def _wanted() -> str:
-    return os.environ.get("UNSLOTH_EXT_NF4_MATMUL", "").strip().lower()
+    return said("UNSLOTH_EXT_NF4_MATMUL")
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def enabled(device_index: int) -> bool:
     """Are the kernels to be used on a card? On those of CARDS; UNSLOTH_EXT_NF4_MATMUL=all says everywhere from
     Ampere on, 0 (no, off, false) nowhere. Read once for each card."""
     wanted = _wanted()
-    if torch.version.hip is not None or wanted in ("0", "no", "off", "false") or capability(device_index) < (8, 0):
+    if torch.version.hip is not None or wanted in OFF or capability(device_index) < (8, 0):
         return False
     return wanted == "all" or capability(device_index) in CARDS
 

@@ -10,10 +10,11 @@ release is taken.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..switches import OFF, said
 
 _ABSENT = object()
 
@@ -164,5 +165,5 @@ class Patch:
 
     @property
     def is_switched_off(self) -> bool:
-        said = os.environ.get(self.switch, "").strip().lower() if self.switch else "1"
-        return said in ("0", "no", "off", "false") or (not said and not self.on_unless_switched_off)
+        word = said(self.switch) if self.switch else "1"
+        return word in OFF or (not word and not self.on_unless_switched_off)

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from .. import switches
 from ..errors import UsageError
 from . import embedded
 from .compare import LOG_LINES, load_side
@@ -41,7 +42,7 @@ def run_ranks(options: Options, folder: Path, nproc: int, resume: bool) -> dict:
                "unsloth_ext", "train", "--as-rank", f"--output={folder}", *options.argv()]  # fmt: skip
     command += ["--resume"] if resume else []
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if environment.get("UNSLOTH_EXT_FSDP2", "").strip().lower() in ("", "0", "false", "no", "off"):
+    if switches.said("UNSLOTH_EXT_FSDP2") in ("", *switches.OFF):
         environment["UNSLOTH_EXT_FSDP2"] = "1"
     log = folder / LOG
     begin = log.stat().st_size if log.exists() else 0
