@@ -1,6 +1,6 @@
 """Sums of products, as a LoRA layer has them: the kernel beside the same sums by torch.
 
-    python benchmarks/bench_products.py        # on a Hopper card, under a minute
+    python benchmarks/bench_products.py        # on a Hopper card, a minute and a half
 
 Baselines: "one by one", a product and then the others added in place, which is how Unsloth's functions and peft's modules do it; "copied
 together", one product of matrices that are set side by side first; "low apart", x A^T by a kernel of its own before ours. Rank 16, bf16. The
@@ -11,37 +11,27 @@ import record
 import torch
 
 SECONDS, ROUNDS, RANK = 0.1, 8, 16
-# name: (calls a layer, N, widths of the inputs, weights transposed, columns of low that are computed with it or 0)
+
+
+def layer(hidden: int, of_keys: int, intermediate: int) -> dict[str, tuple]:
+    """name: (calls a layer, N, widths of the inputs, weights transposed, columns of low that are computed with it or 0)"""
+    return {
+        "q": (1, hidden, (hidden,), True, 3 * RANK),
+        "o": (1, hidden, (hidden,), True, RANK),
+        "k, v": (2, of_keys, (hidden,), True, 0),
+        "gate": (1, intermediate, (hidden,), True, 2 * RANK),
+        "up": (1, intermediate, (hidden,), True, 0),
+        "down": (1, hidden, (intermediate,), True, 0),
+        "gradient of the input of q, k, v": (1, hidden, (hidden, of_keys, of_keys), False, 3 * RANK),
+        "gradient of the input of o": (1, hidden, (hidden,), False, RANK),
+        "gradient of the input of gate, up": (1, hidden, (intermediate, intermediate), False, 2 * RANK),
+        "gradient of the input of down": (1, intermediate, (hidden,), False, RANK),
+    }
+
+
 SHAPES = {
-    "Llama 3.1 8B, 8192 tokens": (
-        8192,
-        {
-            "q": (1, 4096, (4096,), True, 48),
-            "o": (1, 4096, (4096,), True, 16),
-            "k, v": (2, 1024, (4096,), True, 0),
-            "gate": (1, 14336, (4096,), True, 32),
-            "up": (1, 14336, (4096,), True, 0),
-            "down": (1, 4096, (14336,), True, 0),
-            "gradient of the input of q, k, v": (1, 4096, (4096, 1024, 1024), False, 48),
-            "gradient of the input of o": (1, 4096, (4096,), False, 16),
-            "gradient of the input of gate, up": (1, 4096, (14336, 14336), False, 32),
-            "gradient of the input of down": (1, 14336, (4096,), False, 16),
-        },
-    ),
-    "Llama 3.2 1B, 4096 tokens": (
-        4096,
-        {
-            "q": (1, 2048, (2048,), True, 48),
-            "o": (1, 2048, (2048,), True, 16),
-            "gate": (1, 8192, (2048,), True, 32),
-            "up": (1, 8192, (2048,), True, 0),
-            "down": (1, 2048, (8192,), True, 0),
-            "gradient of the input of q, k, v": (1, 2048, (2048, 512, 512), False, 48),
-            "gradient of the input of o": (1, 2048, (2048,), False, 16),
-            "gradient of the input of gate, up": (1, 2048, (8192, 8192), False, 32),
-            "gradient of the input of down": (1, 8192, (2048,), False, 16),
-        },
-    ),
+    "Llama 3.1 8B, 8192 tokens": (8192, layer(4096, 1024, 14336)),
+    "Llama 3.2 1B, 4096 tokens": (4096, layer(2048, 512, 8192)),
 }
 NAMED = next(iter(SHAPES))
 

@@ -157,11 +157,12 @@ def test_the_argument_is_laid_out_as_the_kernel_has_it():
     )
 
 
+@pytest.mark.parametrize("low", [{}, {"LOW": 1}])
 @pytest.mark.parametrize("macros", [{"WT": 1}, {"WT": 0}, {"WT": 1, "FP16": 1}])
-def test_machine_code(macros, tmp_path, monkeypatch):
+def test_machine_code(macros, low, tmp_path, monkeypatch):
     monkeypatch.setenv("UNSLOTH_EXT_CACHE", str(tmp_path))
     try:
         matmul_nvrtc.library()
     except OSError as why:
         pytest.skip(str(why))
-    assert matmul_nvrtc.cubin("sum_of_products", macros)[:4] == b"\x7fELF"
+    assert matmul_nvrtc.cubin("sum_of_products", macros | low)[:4] == b"\x7fELF"

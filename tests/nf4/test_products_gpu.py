@@ -4,24 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from products_on_card import hopper, matrix, off  # noqa: F401  a fixture for all tests here
 
 from unsloth_ext.nf4 import products_hopper
 from unsloth_ext.nf4.products import _one_by_one, sum_of_products
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for compute capability 9.0")
-
-
-def matrix(rows, columns, dtype, around=0):
-    """Among NaN, where there is something around it."""
-    whole = torch.full((rows, columns + 2 * around), float("nan"), device="cuda", dtype=dtype)
-    part = whole[:, around : around + columns]
-    return part.copy_(torch.randn(rows, columns, device="cuda"))
 
 
 def pairs(rows, columns, widths, transposed, dtype=torch.bfloat16, around=0):
@@ -33,11 +21,6 @@ def kernel_of(xs, weights, transposed):
     found = products_hopper.kernel_for(xs, weights, transposed, weights[0].shape[0 if transposed else 1])
     assert found is not None
     return found
-
-
-def off(found, xs, weights, transposed):
-    exact = sum(x.double() @ (w.double().t() if transposed else w.double()) for x, w in zip(xs, weights, strict=True))
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -114,13 +114,3 @@ def test_the_argument_is_laid_out_as_the_kernel_has_it():
     for line in ("Map d[SEGMENTS];", "int of_low, pitch, rank;", "uint16_t* low;", "int* counters;"):
         assert line in text
     assert "return 3 * idle >= pairs ? idle : every;" in text  # as `_is_beside` has it
-
-
-@pytest.mark.parametrize("macros", [{"WT": 1}, {"WT": 0, "FP16": 1}])
-def test_machine_code(macros, tmp_path, monkeypatch):
-    monkeypatch.setenv("UNSLOTH_EXT_CACHE", str(tmp_path))
-    try:
-        matmul_nvrtc.library()
-    except OSError as why:
-        pytest.skip(str(why))
-    assert matmul_nvrtc.cubin("sum_of_products", {"LOW": 1, **macros})[:4] == b"\x7fELF"

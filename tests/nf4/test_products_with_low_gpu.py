@@ -5,24 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from products_on_card import hopper, matrix, off  # noqa: F401  a fixture for all tests here
 
 from unsloth_ext.nf4 import products_hopper
 from unsloth_ext.nf4.products import _one_after_the_other, low_of, product_with_low
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for compute capability 9.0")
-
-
-def matrix(rows, columns, dtype, around=0):
-    """Among NaN, where there is something around it."""
-    whole = torch.full((rows, columns + 2 * around), float("nan"), device="cuda", dtype=dtype)
-    part = whole[:, around : around + columns]
-    return part.copy_(torch.randn(rows, columns, device="cuda"))
 
 
 def given(rows, columns, widths, rank, used, transposed, dtype=torch.bfloat16, around=0):
@@ -38,11 +26,6 @@ def given(rows, columns, widths, rank, used, transposed, dtype=torch.bfloat16, a
     )
     assert products_hopper.kernel_with_low(*inputs, columns) is not None
     return inputs
-
-
-def off(found, xs, weights, transposed):
-    exact = sum(x.double() @ (w.double().t() if transposed else w.double()) for x, w in zip(xs, weights, strict=True))
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 def near(found, xs, downs, weights, up, transposed, bound):
