@@ -80,6 +80,11 @@ def test_inside_a_graph():
         assert torch.equal(traced_packing(torch.tensor(lengths), total, "cpu").cu_seqlens, found["cu_seq_lens_q"])
 
 
+def test_inside_a_graph_a_row_that_was_cut_after_packing():
+    """A kernel would write past the row."""
+    assert traced_packing(torch.tensor([5, 9, 4]), 10, "cpu").cu_seqlens.tolist() == [0, 5, 10, 10, 10]
+
+
 def test_batches_left_alone():
     lengths = random_lengths()
     total = sum(lengths)

@@ -75,8 +75,10 @@ def packing_of_positions(position_ids: torch.Tensor) -> Packing | None:
 
 def traced_packing(lengths: torch.Tensor, total: int, device: torch.device) -> Packing:
     """The packing inside a graph, where no value can be read: what is left over always becomes a document, perhaps an empty
-    one, and the bound is the row. lengths [n], any integer dtype."""
-    inner = torch.cumsum(lengths.reshape(-1).to(device=device, dtype=torch.int32), 0, dtype=torch.int32)
+    one, and the bound is the row. lengths [n], any integer dtype; a row that was cut after packing has documents that end
+    with it, since no error can be raised here."""
+    lengths = lengths.reshape(-1).to(device=device, dtype=torch.int32)
+    inner = torch.cumsum(lengths, 0, dtype=torch.int32).clamp(max=total)
     ends = inner.new_zeros(1), inner, inner.new_full((1,), total)
     return Packing(torch.cat(ends), total)
 

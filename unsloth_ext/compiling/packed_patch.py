@@ -37,9 +37,18 @@ _MARKS = _READ, _ATTENDED, _GIVEN = tuple(
 # (Granite's and Cohere's have run on no card; on torch 2.11 Cohere's break once. Gemma 2's want flex_softcap.)
 _FAMILIES, _ASKED_FOR = ("llama", "mistral", "qwen2", "qwen3"), ("granite", "cohere", "gemma2")
 _NOT_YET = "it goes upstream when it has been measured on a card"
-_NEEDS_ATTENTION = "traced layers need a packed attention that traces, and a patch would have to bring the package's"
-_GET_INFO = Target(_PACKING, "get_packed_info_from_kwargs", _SINCE, ("bb2a6b53c88e78c0",))
-_RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591",))
+# The git patches of packed_metadata and packed_layers do the same with Unsloth's own attention, so both stay in beside them: each
+# list begins with upstream's source, then with the first of the two, then with both.
+_GET_INFO = Target(
+    _PACKING,
+    "get_packed_info_from_kwargs",
+    _SINCE,
+    ("bb2a6b53c88e78c0", "4509d6883b45781a", "dc8942a9cec5ac04"),
+)
+_COVER = Target(
+    _PACKING, "cover_padded_cu_seqlens", _SINCE, ("f463d69cd1b46d03", "422e022b83f2894d", "338e9674b17f888d")
+)
+_RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591", "e952cc7d7aaf1f7b"))
 _LENGTHS = Target(_PACKING, "_normalize_packed_lengths", _SINCE, ("995c9fc0a205e043",), patched=("f1ba2d923dc66be3",))
 _MODEL = Target(_LLAMA, "LlamaModel_fast_forward", _SINCE, ("0290956913cf0a15",))
 
@@ -337,9 +346,8 @@ PATCHES = (
         challenge="C",
         summary="a layer reads a packed batch's boundaries instead of finding them: no branch on data, no cache written in a graph",
         targets=(_GET_INFO,),
-        relies_on=(Target(_PACKING, "cover_padded_cu_seqlens", _SINCE, ("f463d69cd1b46d03",)),),
+        relies_on=(_COVER,),
         changes=_metadata,
-        run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
         on_unless_switched_off=True,
     ),
@@ -350,7 +358,7 @@ PATCHES = (
         targets=(_RUN,),
         relies_on=(_GET_INFO,),
         changes=_attention,
-        run_time_only=_NEEDS_ATTENTION,
+        run_time_only="the operators around cuDNN's and flash-attn-4's kernels that a graph needs would have to come with it",
         switch=_SWITCH,
         on_unless_switched_off=True,
     ),
@@ -372,10 +380,14 @@ PATCHES = (
         relies_on=(
             _GET_INFO,
             _RUN,
-            Target("unsloth.models._block_compile", "_wrap", _SINCE, ("370a8675ff63a08a", "b464d1c7a1cb8c2e")),
+            Target(
+                "unsloth.models._block_compile",
+                "_wrap",
+                _SINCE,
+                ("370a8675ff63a08a", "b464d1c7a1cb8c2e", "e4a77ce1edba0aef"),
+            ),
         ),
         changes=_layers,
-        run_time_only=_NEEDS_ATTENTION,
         switch=_SWITCH,
         on_unless_switched_off=True,
     ),

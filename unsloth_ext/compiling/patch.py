@@ -74,7 +74,11 @@ PATCHES = (
         summary="a checkpointed layer can be traced in a larger graph: no flag is written inside the checkpoint",
         targets=(
             Target(
-                "unsloth.models._block_compile", "_wrap", _SINCE, ("370a8675ff63a08a",), patched=("b464d1c7a1cb8c2e",)
+                "unsloth.models._block_compile",
+                "_wrap",
+                _SINCE,
+                ("370a8675ff63a08a",),
+                patched=("b464d1c7a1cb8c2e", "e4a77ce1edba0aef"),
             ),
         ),
         replace=_ours("with_traced_layers_plain"),
