@@ -13,6 +13,7 @@ from unsloth_ext.compiling import graph_passes, norms_fusion, products_fusion, s
 from unsloth_ext.compiling.norms_operators import rms_norm
 from unsloth_ext.nf4.products import product_with_low, sum_of_products
 
+pytestmark = pytest.mark.filterwarnings("error:erase_node")
 T, N, K = 6, 16, 32
 
 

@@ -8,6 +8,7 @@ would fuse with it. Views between an operator and its addition are looked throug
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Graph, Node, map_arg
@@ -110,7 +111,7 @@ def call(graph: Graph, target, args, like: Node) -> Node:
     return node
 
 
-def erase_unused(graph: Graph, nodes: list[Node]) -> None:
+def erase_unused(graph: Graph, nodes: Iterable[Node]) -> None:
     for node in nodes:
         if not node.users:
             graph.erase_node(node)

@@ -63,5 +63,5 @@ def _take_addition(graph: Graph, product: Node, place: dict[Node, int], low: int
     for before, after in zip(results, found, strict=True):
         before.replace_all_uses_with(after)
     add.replace_all_uses_with(views[-1] if views else found[0])
-    erase_unused(graph, [add, *results, product])
+    erase_unused(graph, dict.fromkeys((add, *results, product)))  # a product of one result is among the results
     return True
