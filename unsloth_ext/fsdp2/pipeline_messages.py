@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, stage
 
 from . import peer_memory
 from .peer_gather import connect
@@ -32,6 +32,8 @@ _NUMBER = 4  # bytes
 # Kinds of numbers; the last two are what is copied to the other rank.
 _ARRIVED, _TAKEN, _ARRIVED_HERE, _TAKEN_HERE = range(4)
 _PAST_ALL = 1 << 30  # more messages than any edge will see
+# From torch 2.15 on a stage lets go of what it has received as it reads it, and minds buffers that are there before a next step.
+_LETS_GO_ITSELF = hasattr(stage._RecvInfo, "take_buffer")
 
 
 class Messages:
@@ -157,7 +159,7 @@ class StageWithMessages(PipelineStage):
             self.set_local_fwd_input(messages.take(2 * number - 2, self._empty()), fwd_chunk_id)
         output = super().forward_one_chunk(fwd_chunk_id, *arguments, **keywords)
         if not self.has_backward and messages.between_ranks(2 * number - 2):
-            self.set_local_fwd_input(self._nothing(), fwd_chunk_id)
+            self._forget_input(fwd_chunk_id)
         if messages.between_ranks(2 * number):
             messages.send(2 * number, output.detach().contiguous())
         return output
@@ -169,11 +171,15 @@ class StageWithMessages(PipelineStage):
         if receives := messages.between_ranks(2 * number + 1):
             self.set_local_bwd_input((messages.take(2 * number + 1, self._empty()),), bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, *arguments, **keywords)
-        if receives:
+        if receives and not _LETS_GO_ITSELF:
             self.set_local_bwd_input((self._nothing(),), bwd_chunk_id)
         if messages.between_ranks(2 * number - 1):
             messages.send(2 * number - 1, self.get_local_bwd_output(bwd_chunk_id)[0].contiguous())
-            self.set_local_fwd_input(self._nothing(), bwd_chunk_id)
+            self._forget_input(bwd_chunk_id)
+
+    def _forget_input(self, chunk_id: int) -> None:
+        if not _LETS_GO_ITSELF:
+            self.set_local_fwd_input(self._nothing(), chunk_id)
 
     def _empty(self) -> torch.Tensor:
         return torch.empty(self.travels.shape, dtype=self.travels.dtype, device=self.device)

@@ -133,7 +133,9 @@ def pipeline(
                 "Put adapters on more layers, or cut them differently (layers).",
             )
         if checkpointing:
-            model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base = model.get_base_model()  # whose method has another name since transformers 5.23
+            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
     except Exception as problem:
         error = problem
     Team(f"loading {checkpoint}", timeout).agree(error)

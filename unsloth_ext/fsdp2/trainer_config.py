@@ -55,9 +55,11 @@ def from_arguments(arguments, settings: Settings) -> Settings:
         if hasattr(arguments, "fsdp_plugin_args"):
             arguments.fsdp_plugin_args = None
     if checkpointing:
-        arguments.gradient_checkpointing = True
-        kwargs = dict(getattr(arguments, "gradient_checkpointing_kwargs", None) or {})
-        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False, **kwargs}
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # the second since transformers 5.23
+            if hasattr(arguments, name):
+                kwargs = dict(getattr(arguments, f"{name}_kwargs", None) or {})
+                setattr(arguments, name, True)
+                setattr(arguments, f"{name}_kwargs", {"use_reentrant": False, **kwargs})
     return settings
 
 

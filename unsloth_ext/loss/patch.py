@@ -218,9 +218,14 @@ PATCHES = (
         id="loss.trl_logprobs",
         challenge="E",
         summary="TRL's fused head (GRPO, RLOO, DPO, KTO, SFT) by linear_logprobs, with or without Unsloth; it runs on a CPU too",
-        targets=(Target("trl.trainer.utils", "add_fused_lm_head", ">=1.15", ("9d9076db31c368b6",)),),
+        targets=(Target("trl.trainer.utils", "add_fused_lm_head", ">=1.15", ("9d9076db31c368b6", "e8a1787b7227627d")),),
         relies_on=(
-            Target("trl.kernels.chunked_logprob", "ChunkedLogProbFunction.forward", ">=1.15", ("08d9428de6261188",)),
+            Target(
+                "trl.kernels.chunked_logprob",
+                "ChunkedLogProbFunction.forward",
+                ">=1.15",
+                ("08d9428de6261188", "8f8cac699d52eddd"),
+            ),
         ),
         changes=_route_trl,
         run_time_only="it is TRL that it changes, and the functions behind it are this package's own",
