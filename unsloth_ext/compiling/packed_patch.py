@@ -43,10 +43,10 @@ _GET_INFO = Target(
     _PACKING,
     "get_packed_info_from_kwargs",
     _SINCE,
-    ("bb2a6b53c88e78c0", "4509d6883b45781a", "dc8942a9cec5ac04"),
+    ("bb2a6b53c88e78c0", "95a9cc95b762b49b", "6283ff92deed3ed2"),
 )
 _COVER = Target(
-    _PACKING, "cover_padded_cu_seqlens", _SINCE, ("f463d69cd1b46d03", "422e022b83f2894d", "338e9674b17f888d")
+    _PACKING, "cover_padded_cu_seqlens", _SINCE, ("f463d69cd1b46d03", "cf293294edc6fdf5", "9c09f1cbb60aa923")
 )
 _RUN = Target(_DISPATCH, "_run_attention", _SINCE, ("f200d79cdd77b591", "e952cc7d7aaf1f7b"))
 _LENGTHS = Target(_PACKING, "_normalize_packed_lengths", _SINCE, ("995c9fc0a205e043",), patched=("f1ba2d923dc66be3",))
@@ -73,6 +73,8 @@ def _metadata(module, target):
 
     @functools.wraps(original)
     def get_packed_info_from_kwargs(kwargs, device, position_ids=None):
+        if "_unsloth_packed_row" in kwargs:  # block compile with its git patch has found them
+            return original(kwargs, device, position_ids)
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         ours = kwargs.get("packed_seq_lengths", cu_seqlens) is None  # a key, with None in it
         if not ours or cu_seqlens is None or kwargs.get("max_length_q") is None:
@@ -384,7 +386,7 @@ PATCHES = (
                 "unsloth.models._block_compile",
                 "_wrap",
                 _SINCE,
-                ("370a8675ff63a08a", "b464d1c7a1cb8c2e", "e4a77ce1edba0aef"),
+                ("370a8675ff63a08a", "b464d1c7a1cb8c2e", "99eb2af88a114e4d"),
             ),
         ),
         changes=_layers,

@@ -78,7 +78,7 @@ PATCHES = (
                 "_wrap",
                 _SINCE,
                 ("370a8675ff63a08a",),
-                patched=("b464d1c7a1cb8c2e", "e4a77ce1edba0aef"),
+                patched=("b464d1c7a1cb8c2e", "99eb2af88a114e4d"),
             ),
         ),
         replace=_ours("with_traced_layers_plain"),

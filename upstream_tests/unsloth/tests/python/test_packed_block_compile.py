@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
 
 import unsloth  # noqa: F401, E402 (before transformers)
+import functools  # noqa: E402
 import random  # noqa: E402
 
 import pytest  # noqa: E402
@@ -117,37 +118,50 @@ def varlen(
     scale = None,
     **options,
 ):
-    """[T, heads, D] with boundaries, as the varlen kernels take them, on any device and in any dtype."""
+    """[T, heads, D] with boundaries, as the varlen kernels take them, on any device and in any dtype.
+    What a kernel would leave unwritten, or spoil, is NaN: rows past the last boundary or past the bound of a segment."""
     ends = cu_seqlens[1:].contiguous()
     place = torch.arange(Q.shape[0], device = Q.device)
     document = torch.searchsorted(ends, place.to(ends.dtype), right = True)
     mask = (document[:, None] == document) & (place[:, None] >= place)
+    start = cu_seqlens[document.clamp(max = cu_seqlens.shape[0] - 1)]
+    written = (place - start < max_seqlen) & (document < ends.shape[0])
+    written &= (ends <= Q.shape[0]).all()  # a kernel would go on past the row
     Q, K, V = (t.transpose(0, 1)[None] for t in (Q, K, V))
-    out = sdpa(Q, K, V, attn_mask = mask, scale = scale, enable_gqa = True)
-    return out[0].transpose(0, 1)
+    out = sdpa(Q, K, V, attn_mask = mask, scale = scale, enable_gqa = True)[0].transpose(0, 1)
+    return torch.where(written[:, None, None], out, float("nan"))
 
 
 def flash_varlen(Q, K, V, cu_q, cu_k, max_q, max_k, **options):
     return varlen(Q, K, V, cu_q, max_q)
 
 
+def flash_dense(Q, K, V, **options):
+    Q, K, V = (t.transpose(1, 2) for t in (Q, K, V))
+    return sdpa(Q, K, V, is_causal = True, enable_gqa = True).transpose(1, 2)
+
+
+def dynamo(
+    backend,
+    function,
+    real = torch.compile,
+    options = None,
+    **given,
+):
+    """torch.compile by dynamo and no further: nothing is generated for a machine."""
+    return real(function, backend = backend, **given)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
-    """What block compile compiles, by dynamo and no further: nothing is generated for a machine."""
-    made, real = [], torch.compile
+    """What block compile compiles."""
+    made = []
 
     def backend(graph, inputs):
         made.append(graph)
         return graph.forward
 
-    def compile(
-        function,
-        options = None,
-        **given,
-    ):
-        return real(function, backend = backend, **given)
-
-    monkeypatch.setattr(_block_compile.torch, "compile", compile)
+    monkeypatch.setattr(_block_compile.torch, "compile", functools.partial(dynamo, backend))
     return made
 
 
@@ -162,8 +176,12 @@ def model(monkeypatch, graphs, request):
     monkeypatch.setattr(dispatch, "_varlen_attn_call", varlen)
     monkeypatch.setattr(dispatch, "_sdpa_backend_state", lambda *args: (True, 1))
     monkeypatch.setattr(dispatch, "flash_attn_varlen_func", flash_varlen, raising = False)
+    monkeypatch.setattr(dispatch, "flash_attn_func", flash_dense, raising = False)
+    monkeypatch.setattr(dispatch, "_TORCH_VARLEN_ATTN", varlen)
+    monkeypatch.setattr(dispatch, "_DEVICE_BACKENDS", None)
     monkeypatch.delenv("UNSLOTH_BLOCK_COMPILE", raising = False)
     monkeypatch.delenv("UNSLOTH_COMPILE_DISABLE", raising = False)
+    monkeypatch.delenv("UNSLOTH_BLOCK_COMPILE_PACKED", raising = False)
     torch._dynamo.reset()
     packing.clear_packed_caches()
     yield Model().train()
@@ -171,8 +189,13 @@ def model(monkeypatch, graphs, request):
     packing.clear_packed_caches()
 
 
-def packed(left_over):
-    lengths = [random.randint(1, 12) for _ in range(random.randint(2, 7))]
+def packed(
+    left_over,
+    longest = 12,
+    documents = None,
+):
+    lengths = [random.randint(2, longest) for _ in range(documents or random.randint(2, 7))]
+    lengths[0] += lengths[0] == lengths[1]  # one length for all is one launch through SDPA
     total = sum(lengths) + left_over
     ids = torch.randint(0, 32, (1, total))
     positions = torch.cat([torch.arange(n) for n in (*lengths, left_over)])[None]
@@ -199,33 +222,101 @@ def check(model, ids, positions, lengths, documents):
         torch.testing.assert_close(one, other)
 
 
+def modes(model, kind = "_unsloth_block_mode"):
+    return {layer.__dict__.get(kind) for layer in model.layers}
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_few_graphs_for_all_packings(model, graphs, checkpointed):
     model.gradient_checkpointing = checkpointed
     for number in range(12):
-        check(model, *packed(left_over = 3 * (number % 2)))
-    assert 1 <= len(graphs) <= (8 if checkpointed else 4)  # without gradients as well
-    modes = [layer._unsloth_block_mode for layer in model.layers]
-    assert _block_compile._OFF not in modes
-    for graph in graphs:
-        nodes = [str(node.target) for node in graph.graph.nodes]
-        assert not any(name in nodes for name in ("item", "tolist", "aten.item.default"))
+        check(model, *packed(3 * (number % 2), longest = 12 if number < 8 else 300))
+    # One, and one more when the bound of the longest document is another number; with checkpointing
+    # without gradients too.
+    assert 1 <= len(graphs) <= (4 if checkpointed else 2)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert _block_compile._OFF not in modes(model)
 
 
-def test_documents_that_are_launched_one_by_one(model, monkeypatch):
-    monkeypatch.setattr(dispatch, "_torch_varlen_takes", lambda *args: False)
-    for left_over in (0, 3):
+def test_padded_batches_before_and_after(model, graphs):
+    ids = torch.randint(0, 32, (2, 9))
+    first = model(ids)
+    alone = len(graphs)
+    for left_over in (0, 3, 0):
         check(model, *packed(left_over))
+    assert alone < len(graphs) and not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(model(ids), first)
 
 
-def test_a_compiler_that_fails_leaves_the_layer_as_it_was(model, monkeypatch):
-    def failing(*args, **kwargs):
-        raise RuntimeError("no compiler here")
+def left_out(monkeypatch, reason):
+    if reason == "documents launched one by one":
+        monkeypatch.setattr(dispatch, "HAS_FLASH_ATTENTION", False)
+        monkeypatch.setattr(dispatch, "_torch_varlen_takes", lambda *args: False)
+    elif reason == "documents of one length":  # as one launch through SDPA
+        monkeypatch.setattr(dispatch, "HAS_FLASH_ATTENTION", False)
+    elif reason == "more than the backward can index":
+        monkeypatch.setattr(dispatch, "_INT32_ELEMENTS", 1)
+    else:
+        monkeypatch.setenv("UNSLOTH_BLOCK_COMPILE_PACKED", "0")
 
-    monkeypatch.setattr(_block_compile.torch, "compile", lambda *args, **kwargs: failing)
-    model.layers = torch.nn.ModuleList(make_layer_class()(model.config) for _ in range(2))
+
+REASONS = [
+    "documents launched one by one",
+    "documents of one length",
+    "more than the backward can index",
+    "switched off",
+]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_left_out(model, graphs, monkeypatch, reason):
+    left_out(monkeypatch, reason)
+    for left_over in (0, 3):
+        ids, positions, lengths, documents = packed(left_over)
+        if reason == "documents of one length":
+            documents, lengths = [4] * 3, torch.tensor([4] * 3)
+            ids, positions = torch.randint(0, 32, (1, 12)), torch.arange(4).repeat(3)[None]
+        check(model, ids, positions, lengths.to(torch.int32), documents)
+    assert not graphs
+
+
+def without_a_compiler_for_packed_rows(model, monkeypatch):
+    """The same model in layers whose compiler refuses a single row."""
+
+    def backend(graph, inputs):
+        if any(isinstance(t, torch.Tensor) and t.dim() == 3 and t.shape[0] == 1 for t in inputs):
+            raise RuntimeError("no compiler for one row")
+        return graph.forward
+
+    monkeypatch.setattr(_block_compile.torch, "compile", functools.partial(dynamo, backend))
+    layers, model.layers = model.layers, torch.nn.ModuleList()
+    for old in layers:
+        model.layers.append(make_layer_class()(model.config))
+        model.layers[-1].load_state_dict(old.state_dict())
+
+
+@pytest.mark.parametrize("padded_first", [False, True])
+def test_a_compiler_that_fails_leaves_the_layer_as_it_was(model, monkeypatch, padded_first):
+    ids = torch.randint(0, 32, (2, 9))
+    wanted = model(ids)
+    without_a_compiler_for_packed_rows(model, monkeypatch)
+    if padded_first:
+        torch.testing.assert_close(model(ids), wanted)
+    for left_over in (3, 0):
+        check(model, *packed(left_over))
+    torch.testing.assert_close(model(ids), wanted)
+
+
+@pytest.mark.parametrize("padded_first", [False, True])
+def test_a_failure_with_packed_rows_is_theirs_alone(model, monkeypatch, padded_first):
+    without_a_compiler_for_packed_rows(model, monkeypatch)
+    ids = torch.randint(0, 32, (2, 9))
+    if padded_first:
+        model(ids)
     check(model, *packed(left_over = 3))
-    check(model, *packed(left_over = 0))
+    model(ids)
+    assert modes(model, "_unsloth_packed_block_mode") == {_block_compile._OFF}
+    assert _block_compile._OFF not in modes(model)
 
 
 def test_evaluation_is_the_plain_forward(model, graphs):
