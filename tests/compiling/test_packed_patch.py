@@ -114,6 +114,12 @@ except ValueError as error:
 found["only its own"] = packing.get_packed_info_from_kwargs(
     {"packed_seq_lengths": lengths, "cu_seq_lens_q": torch.tensor([0, 5]), "max_length_q": 5}, torch.device("cpu")
 )[1].tolist()
+info = packing.get_packed_info_from_kwargs
+staged = torch.tensor([4, 3, 0, 4, 7], dtype=torch.int32)  # as on a card: one copy for the lengths and the boundaries
+packing.get_packed_info_from_kwargs = lambda kwargs, device: (staged[:2], staged[2:], 4)
+made = packed_patch._found(lengths, 7, torch.device("cpu"))
+packing.get_packed_info_from_kwargs = info
+found["boundaries in a copy of both"] = [made.cu_seqlens.tolist(), made.cu_seqlens.storage_offset()]
 found["left as they are"] = {}
 
 
@@ -152,6 +158,7 @@ def test_unsloth_s_functions(python):
     assert found["still a key"]
     assert found["without boundaries as before"] == [[4, 3], [0, 4, 7], 4]
     assert found["only its own"] == [0, 4, 7]
+    assert found["boundaries in a copy of both"] == [[0, 4, 7], 0]
     left = found["left as they are"]
     assert {name for name in left if not left[name]} == {"now", "no dropout", "all again"}, left
     assert "sum to 7, more than the row's 5 tokens" in found["a cut batch"]

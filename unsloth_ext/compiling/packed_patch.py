@@ -43,7 +43,7 @@ _GET_INFO = Target(
     _PACKING,
     "get_packed_info_from_kwargs",
     _SINCE,
-    ("bb2a6b53c88e78c0", "95a9cc95b762b49b", "6283ff92deed3ed2"),
+    ("bb2a6b53c88e78c0", "95a9cc95b762b49b", "c5c8729cd5fb7da6"),
 )
 _COVER = Target(
     _PACKING, "cover_padded_cu_seqlens", _SINCE, ("f463d69cd1b46d03", "cf293294edc6fdf5", "9c09f1cbb60aa923")
@@ -217,8 +217,14 @@ def _found(lengths, total, device):
         )
     if sum(host) < total:
         host.append(total - sum(host))  # the row was padded to a multiple of something
-    made = packing.get_packed_info_from_kwargs({"packed_seq_lengths": torch.tensor(host, dtype=torch.int32)}, device)
-    _latest[device] = SeqInfo(*made)
+    lengths, cu_seqlens, longest = packing.get_packed_info_from_kwargs(
+        {"packed_seq_lengths": torch.tensor(host, dtype=torch.int32)}, device
+    )
+    if (
+        cu_seqlens.storage_offset()
+    ):  # Unsloth copies both at once; at an offset all that is computed with them is unaligned to Inductor
+        cu_seqlens = cu_seqlens.clone()
+    made = _latest[device] = SeqInfo(lengths, cu_seqlens, longest)
     return made
 
 

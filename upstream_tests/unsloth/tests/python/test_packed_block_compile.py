@@ -323,3 +323,16 @@ def test_evaluation_is_the_plain_forward(model, graphs):
     model.eval()
     check(model, *packed(left_over = 0))
     assert not graphs
+
+
+def test_boundaries_begin_their_storage(monkeypatch):
+    """At an offset they are unaligned to Inductor, and so is all that is computed with them."""
+    monkeypatch.setattr(packing, "_pinned_to_device", lambda tensor, device: tensor)
+    lengths = torch.tensor([5, 3, 9], dtype = torch.int64)
+    found, cu_seqlens, longest = packing.get_packed_info_from_kwargs(
+        {"packed_seq_lengths": lengths}, torch.device("cuda")
+    )
+    assert cu_seqlens.tolist() == [0, 5, 8, 17] and found.tolist() == [5, 3, 9] and longest == 9
+    assert cu_seqlens.dtype == found.dtype == torch.int32
+    assert cu_seqlens.storage_offset() == 0
+    packing.clear_packed_caches()
