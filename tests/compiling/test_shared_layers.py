@@ -99,7 +99,11 @@ def test_checkpointing(no_code):
     assert models.worst_difference(models.step(model, *batches), wanted) <= EXACT
     assert compiled.report().shared_layers == 3
     forwards = [n for graph in no_code for n in graph.graph.nodes if "layer_forward" in str(n.target)]
-    assert len(forwards) > 3  # some are computed again in the backward
+    if not hasattr(type(model.get_base_model().model.layers[0]).forward, "__wrapped__"):
+        assert len(forwards) > 3  # some are computed again in the backward
+    else:  # newer transformers checkpoint within forward, so each layer's backward does so itself
+        backward = max(no_code[:2], key=lambda graph: len(graph.graph.nodes))
+        assert any("recompute" in node.meta for node in backward.graph.nodes)
 
 
 @pytest.mark.extended

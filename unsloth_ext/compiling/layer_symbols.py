@@ -80,6 +80,8 @@ class Symbols:
             elif own and symbol in values:
                 given.constants[symbol] = int(values[symbol]), own[0]
             else:
+                if any("unknown_tensor" in word for word in words):  # of a tensor that torch made for itself
+                    words = ["the random state of a dropout that is computed again"]
                 raise Unsuitable(f"a layer's graph depends on {' or '.join(words) or symbol}")
         return of_number(given.symbols[symbol]) if symbol in given.symbols else str(given.constants[symbol][0])
 

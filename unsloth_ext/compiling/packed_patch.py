@@ -220,9 +220,7 @@ def _found(lengths, total, device):
     lengths, cu_seqlens, longest = packing.get_packed_info_from_kwargs(
         {"packed_seq_lengths": torch.tensor(host, dtype=torch.int32)}, device
     )
-    if (
-        cu_seqlens.storage_offset()
-    ):  # Unsloth copies both at once; at an offset all that is computed with them is unaligned to Inductor
+    if cu_seqlens.storage_offset():  # behind the lengths: unaligned to Inductor, and so is what attention gives
         cu_seqlens = cu_seqlens.clone()
     made = _latest[device] = SeqInfo(lengths, cu_seqlens, longest)
     return made

@@ -326,7 +326,7 @@ def test_evaluation_is_the_plain_forward(model, graphs):
 
 
 def test_boundaries_begin_their_storage(monkeypatch):
-    """At an offset they are unaligned to Inductor, and so is all that is computed with them."""
+    """At an offset they are unaligned to Inductor, and so are the operators that read them."""
     monkeypatch.setattr(packing, "_pinned_to_device", lambda tensor, device: tensor)
     lengths = torch.tensor([5, 3, 9], dtype = torch.int64)
     found, cu_seqlens, longest = packing.get_packed_info_from_kwargs(
