@@ -33,7 +33,7 @@ _NUMBER = 4  # bytes
 _ARRIVED, _TAKEN, _ARRIVED_HERE, _TAKEN_HERE = range(4)
 _PAST_ALL = 1 << 30  # more messages than any edge will see
 # From torch 2.15 on a stage lets go of what it has received as it reads it, and minds buffers that are there before a next step.
-_LETS_GO_ITSELF = hasattr(stage._RecvInfo, "take_buffer")
+_LETS_GO_ITSELF = hasattr(getattr(stage, "_RecvInfo", None), "take_buffer")
 
 
 class Messages:

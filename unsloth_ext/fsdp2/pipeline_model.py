@@ -134,7 +134,7 @@ def pipeline(
             )
         if checkpointing:
             base = model.get_base_model()  # whose method has another name since transformers 5.23
-            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
     except Exception as problem:
         error = problem
