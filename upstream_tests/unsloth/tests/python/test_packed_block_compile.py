@@ -189,12 +189,8 @@ def model(monkeypatch, graphs, request):
     packing.clear_packed_caches()
 
 
-def packed(
-    left_over,
-    longest = 12,
-    documents = None,
-):
-    lengths = [random.randint(2, longest) for _ in range(documents or random.randint(2, 7))]
+def packed(left_over, longest = 12):
+    lengths = [random.randint(2, longest) for _ in range(random.randint(2, 7))]
     lengths[0] += lengths[0] == lengths[1]  # one length for all is one launch through SDPA
     total = sum(lengths) + left_over
     ids = torch.randint(0, 32, (1, total))
@@ -222,6 +218,9 @@ def check(model, ids, positions, lengths, documents):
         torch.testing.assert_close(one, other)
 
 
+PACKED = "_unsloth_packed_block_mode"
+
+
 def modes(model, kind = "_unsloth_block_mode"):
     return {layer.__dict__.get(kind) for layer in model.layers}
 
@@ -235,7 +234,7 @@ def test_a_few_graphs_for_all_packings(model, graphs, checkpointed):
     # without gradients too.
     assert 1 <= len(graphs) <= (4 if checkpointed else 2)
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert _block_compile._OFF not in modes(model)
+    assert _block_compile._OFF not in modes(model) | modes(model, PACKED)
 
 
 def test_padded_batches_before_and_after(model, graphs):
@@ -315,7 +314,7 @@ def test_a_failure_with_packed_rows_is_theirs_alone(model, monkeypatch, padded_f
         model(ids)
     check(model, *packed(left_over = 3))
     model(ids)
-    assert modes(model, "_unsloth_packed_block_mode") == {_block_compile._OFF}
+    assert modes(model, PACKED) == {_block_compile._OFF}
     assert _block_compile._OFF not in modes(model)
 
 
